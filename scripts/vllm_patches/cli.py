@@ -1,0 +1,169 @@
+"""The command line: parse, call, print. Exit status: 0 done, 1 drift or error, 2 wrong usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vllm_patches import __version__, render
+from vllm_patches.apply import apply_release, states_only
+from vllm_patches.catalog import DEFAULT_PIN, Catalog, open_catalog
+from vllm_patches.check import check_catalog
+from vllm_patches.checkout import apply_checkout
+from vllm_patches.errors import PatchesError
+from vllm_patches.maintain import export_series, record_pins
+from vllm_patches.matrix import readme_path, render_matrix, replace_matrix
+from vllm_patches.model import Release
+from vllm_patches.outcome import Applied
+from vllm_patches.render import DownloadBar, say
+from vllm_patches.store import FindSdist
+from vllm_patches.treecheck import check_tree
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; errors are printed as text, or as JSON where it was asked for."""
+    options = _parser().parse_args(argv)
+    try:
+        verb: Callable[[Catalog, argparse.Namespace], int] = options.verb
+        return verb(open_catalog(), options)
+    except PatchesError as error:
+        if options.json:
+            print(json.dumps({"error": error.as_dict()}, indent=1))
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"error: {error}\n  next:     ls -ld {error.filename or '.'}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-made is left, run it again", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser = argparse.ArgumentParser(prog="vllm-patches", description="Patch series on pinned vLLM releases.")
+    parser.add_argument("--version", action="version", version=f"vllm-patches {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: Callable[[Catalog, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text, parents=[common])
+        added.set_defaults(verb=function)
+        return added
+
+    one = verb("apply", _apply, "make a patched tree of a release, or patch a git checkout on a new branch")
+    one.add_argument("--pin", help=f"release, or 'all' (default: {DEFAULT_PIN}; with --src: told by its blobs)")
+    one.add_argument("--src", type=Path, help="a git checkout of your own")
+    one.add_argument("--sdist", type=Path, help="the release's sdist, for a machine with no network")
+    one.add_argument(
+        "--build", type=Path, default=Path("build/src"), help="where trees are made (default: %(default)s)"
+    )
+    one = verb("check", _check, "do the patches still apply? to every pin, or to a tree of yours")
+    one.add_argument("--pin", action="append", help="only this release (repeatable)")
+    one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
+    one.add_argument("--tree", type=Path, help="your own checkout, fork or unpacked sdist; it is only read")
+    one.add_argument("--strict", action="store_true", help="with --tree: an offset is a failure too")
+    one = verb("matrix", _matrix, "print the matrix release x fix")
+    one.add_argument("--write", action="store_true", help="write it into the README")
+    one = verb(
+        "export",
+        _export,
+        "write a tree's commits to the patch files of its series (import and export are a round trip)",
+    )
+    one.add_argument("--pin", required=True)
+    one.add_argument("--tree", type=Path, help="default: build/src/vllm-PIN")
+    verb("record", _record, "write HEAD and the touched files' blobs of every pin to releases.toml")
+    return parser
+
+
+def _finder(sdist: Path | None) -> FindSdist:
+    """Where sdists come from: the given file, else the cache and the index."""
+    if sdist is not None:
+        return lambda release: sdist
+
+    def fetch(release: Release) -> Path:
+        from vllm_patches.index import fetch_sdist  # the network's own library is needed from here on only
+
+        return fetch_sdist(release, lambda total: DownloadBar(release.sdist, total or release.size, sys.stderr))
+
+    return fetch
+
+
+def _apply(catalog: Catalog, options: argparse.Namespace) -> int:
+    if options.src is not None:
+        release = catalog.release(options.pin) if options.pin else None
+        results = [apply_checkout(catalog, options.src, release)]
+    elif options.pin == "all":
+        _need_one_pin(options)
+        results = [_apply_or_state(catalog, release, options) for release in catalog.releases.values()]
+    else:
+        release = catalog.release(options.pin or DEFAULT_PIN)
+        results = [apply_release(catalog, release, _finder(options.sdist), options.build, say)]
+    _print(options, results, "\n\n".join(map(render.applied_text, results)))
+    return 0
+
+
+def _need_one_pin(options: argparse.Namespace) -> None:
+    """A file is the sdist of one release, so it cannot serve several."""
+    if options.sdist is not None and (options.pin == "all" or len(options.pin or []) != 1):
+        raise PatchesError(
+            "--sdist needs the one release that the file is the sdist of",
+            file=str(options.sdist),
+            expected="one --pin",
+            found=str(options.pin or "none"),
+            next_command=f"vllm-patches check --pin {DEFAULT_PIN} --sdist {options.sdist}",
+        )
+
+
+def _apply_or_state(catalog: Catalog, release: Release, options: argparse.Namespace) -> Applied:
+    if not release.series:
+        return states_only(catalog, release)
+    return apply_release(catalog, release, _finder(options.sdist), options.build, say)
+
+
+def _check(catalog: Catalog, options: argparse.Namespace) -> int:
+    pins = [catalog.release(pin) for pin in options.pin or []]
+    if options.tree is not None:
+        report = check_tree(catalog, options.tree, pins[0] if pins else None)
+        _print(options, report, render.tree_text(report))
+        return 0 if (report.exact if options.strict else report.ok) else 1
+    _need_one_pin(options)
+    checked = check_catalog(catalog, pins or catalog.pins, _finder(options.sdist))
+    _print(options, checked, render.check_text(checked))
+    return 0 if checked.ok else 1
+
+
+def _matrix(catalog: Catalog, options: argparse.Namespace) -> int:
+    if options.write:
+        path = readme_path(catalog)
+        path.write_text(replace_matrix(path.read_text(encoding="utf-8"), catalog), encoding="utf-8")
+    _print(options, list(catalog.releases.values()), render_matrix(catalog).rstrip())
+    return 0
+
+
+def _export(catalog: Catalog, options: argparse.Namespace) -> int:
+    release = catalog.release(options.pin)
+    changed = export_series(catalog, release, options.tree or Path("build/src") / f"vllm-{release.version}")
+    _print(options, changed, _changes(changed))
+    return 0
+
+
+def _record(catalog: Catalog, options: argparse.Namespace) -> int:
+    changed = record_pins(catalog, _finder(None))
+    _print(options, changed, _changes(changed))
+    return 0
+
+
+def _changes(changed: dict[str, bool]) -> str:
+    return "\n".join(f"{'changed' if flag else 'same':<8} {name}" for name, flag in changed.items())
+
+
+def _print(options: argparse.Namespace, value: object, text: str) -> None:
+    print(json.dumps(render.jsonable(value), indent=1) if options.json else text)

@@ -1,0 +1,179 @@
+"""The package index: find a release's sdist and fetch it. The only module that uses the network."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from vllm_patches import cache
+from vllm_patches.errors import PatchesError
+from vllm_patches.pipconf import PipSettings, read_settings
+from vllm_patches.sdist import check_hash
+
+if TYPE_CHECKING:
+    from pypi_simple import DistributionPackage, ProgressTracker, PyPISimple
+
+    from vllm_patches.model import Release
+
+PROJECT = "vllm"
+
+
+Progress = Callable[[int | None], "ProgressTracker"]
+
+
+def fetch_sdist(release: Release, progress: Progress | None = None) -> Path:
+    """The release's sdist from the cache, or from wherever pip would look; its sha256 is the recorded one."""
+    target = cache.sdist_path(release.sha256, release.sdist)
+    if target.is_file() and _file_hash(target) == release.sha256:
+        return target
+    settings = read_settings()
+    with cache.written_beside(target) as beside:
+        _obtain(release, settings, beside, progress)
+        found = _file_hash(beside)
+        if found != release.sha256:
+            _keep_aside(release, beside, target, found)
+    return target
+
+
+def list_sdists() -> dict[str, DistributionPackage]:
+    """Every sdist of vLLM that the user's indexes offer and have not yanked, by version."""
+    settings = read_settings()
+    found: dict[str, DistributionPackage] = {}
+    for client in _clients(settings):
+        for package in _packages(client, settings):
+            if package.package_type == "sdist" and package.version and not package.is_yanked:
+                found.setdefault(package.version, package)
+    return found
+
+
+def download(package: DistributionPackage, target: Path, progress: Progress | None = None) -> None:
+    """Fetch a file that no table of ours knows yet; the index's own digest is checked."""
+    settings = read_settings()
+    client = _client(settings, "")
+    with cache.written_beside(target) as beside:
+        _download(client, package, beside, settings, progress, verify=True)
+
+
+def _obtain(release: Release, settings: PipSettings, target: Path, progress: Progress | None) -> None:
+    """Put the sdist at *target*: from a local folder of pip's, else from the first index that has it."""
+    for folder in settings.local_folders:
+        for candidate in (folder / release.sdist, folder / PROJECT / release.sdist):
+            if candidate.is_file():
+                target.write_bytes(candidate.read_bytes())
+                return
+    for client in _clients(settings):
+        for package in _packages(client, settings):
+            if package.filename == release.sdist:
+                _download(client, package, target, settings, progress, verify=False)
+                return
+    raise PatchesError(
+        "no configured package index offers the sdist",
+        release=release.version,
+        expected=release.sdist,
+        found=f"nothing of that name at: {_places(settings)}",
+        next_command=f"pip config list    # or: make apply PIN={release.version} SDIST=FILE",
+    )
+
+
+def _clients(settings: PipSettings) -> Iterator[PyPISimple]:
+    for index in settings.remote_indexes:
+        yield _client(settings, index)
+
+
+def _client(settings: PipSettings, index: str) -> PyPISimple:
+    """A client of one index with the user's certificates and proxy; an empty *index* is the library's default."""
+    try:
+        from pypi_simple import PyPISimple
+    except ImportError as error:
+        raise PatchesError(
+            "the library that talks to the package index is missing",
+            expected="pypi-simple",
+            found=str(error),
+            next_command="make venv    # or give the sdist: make apply SDIST=FILE",
+        ) from error
+    client = PyPISimple(index) if index else PyPISimple()
+    host = urlsplit(client.endpoint).hostname or ""
+    netloc = urlsplit(client.endpoint).netloc
+    trusted = {host, netloc} & set(settings.trusted_hosts)
+    client.s.verify = False if trusted else settings.cert or True
+    if settings.client_cert:
+        client.s.cert = settings.client_cert
+    if settings.proxy:
+        client.s.proxies = {"http": settings.proxy, "https": settings.proxy}
+    return client
+
+
+def _packages(client: PyPISimple, settings: PipSettings) -> list[DistributionPackage]:
+    """What one index offers of vLLM; an index that does not know the project offers nothing."""
+    from pypi_simple import NoSuchProjectError
+    from requests import RequestException
+
+    try:
+        return client.get_project_page(PROJECT, timeout=settings.timeout).packages
+    except NoSuchProjectError:
+        return []
+    except RequestException as error:
+        raise _unreachable(client, error) from error
+
+
+def _download(
+    client: PyPISimple,
+    package: DistributionPackage,
+    target: Path,
+    settings: PipSettings,
+    progress: Progress | None,
+    *,
+    verify: bool,
+) -> None:
+    from pypi_simple import DigestMismatchError
+    from requests import RequestException
+
+    try:
+        client.download_package(
+            package,
+            target,
+            verify=verify,
+            progress=progress,
+            timeout=settings.timeout,
+        )
+    except RequestException as error:
+        raise _unreachable(client, error) from error
+    except DigestMismatchError as error:
+        raise PatchesError(
+            "the download's digest is not the index's own",
+            file=package.filename,
+            expected=error.expected_digest,
+            found=error.actual_digest,
+            next_command="make watch    # fetches it again",
+        ) from error
+
+
+def _keep_aside(release: Release, beside: Path, target: Path, found: str) -> None:
+    """Keep a download with the wrong hash where it can be looked at, and raise the error that names it."""
+    aside = target.with_name(f"{target.name}.rejected-{found[:12]}")
+    size = beside.stat().st_size
+    beside.replace(aside)
+    check_hash(aside, found, size, release)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _places(settings: PipSettings) -> str:
+    """Where was looked, without credentials."""
+    remote = [urlsplit(index).hostname or "the default index" for index in settings.remote_indexes]
+    return ", ".join([*remote, *map(str, settings.local_folders)]) or "nowhere (pip's no-index is set)"
+
+
+def _unreachable(client: PyPISimple, error: Exception) -> PatchesError:
+    return PatchesError(
+        "the package index cannot be reached",
+        file=urlsplit(client.endpoint).hostname or "",
+        found=f"{type(error).__name__}: {str(error)[:300]}",
+        next_command="pip download --no-deps pypi-simple    # does pip get through? offline: make apply SDIST=FILE",
+    )

@@ -1,0 +1,93 @@
+"""For whoever changes a patch: `export` writes patch files from a tree's commits, `record` writes heads and blobs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from vllm_patches import cache, git
+from vllm_patches.catalog import Catalog
+from vllm_patches.errors import PatchesError
+from vllm_patches.hunks import blob_id
+from vllm_patches.model import Release
+from vllm_patches.patchfile import parse_patch
+from vllm_patches.store import FindSdist, touched_files
+from vllm_patches.tables import dump_releases
+from vllm_patches.tree import PRISTINE, pristine_objects, series_head
+
+
+def export_series(catalog: Catalog, release: Release, tree: Path) -> dict[str, bool]:
+    """Write the commits of *tree* since its pristine one to the release's series directory.
+
+    Returns patch name to "changed". Importing (`apply`) and exporting are a round trip: an untouched tree changes
+    nothing.
+    """
+    base, head = git.rev_parse(tree, f"refs/heads/{PRISTINE}"), git.rev_parse(tree, "HEAD")
+    if not base or not head or git.status(tree):
+        raise PatchesError(
+            "not a clean tree made by apply",
+            release=release.version,
+            file=str(tree),
+            expected=f"a branch {PRISTINE}, and every change committed",
+            found="\n".join(git.status(tree)) or "no such branch",
+            next_command=f"make apply PIN={release.version}",
+        )
+    files = {}
+    for commit in git.commits_after(tree, base, head):
+        raw = git.format_patch(tree, commit)
+        files[_file_name(catalog, commit, raw)] = raw
+    return _write_series(catalog.folder / (release.series or f"v{release.version}"), files)
+
+
+def _file_name(catalog: Catalog, commit: str, raw: bytes) -> str:
+    """The patch's file name, told by the fix number in its Test trailer."""
+    patch = parse_patch(f"commit {commit[:12]}", raw)
+    match = re.search(r"\[(\d{4})-", patch.trailer("Test"))
+    fix = catalog.fixes.get(match[1]) if match else None
+    if fix is None:
+        raise PatchesError(
+            "a commit does not say which fix it is",
+            patch=commit,
+            expected="a trailer 'Test: tests/repro/test_proof.py::test_proof[NNNN-RELEASE]'",
+            found=patch.trailer("Test") or "none",
+            next_command="git rebase --interactive pristine    # in the tree: reword it",
+        )
+    return fix.patch_name
+
+
+def _write_series(folder: Path, files: dict[str, bytes]) -> dict[str, bool]:
+    contents = {**files, "series": "".join(f"{name}\n" for name in sorted(files)).encode()}
+    changed: dict[str, bool] = {}
+    for name, raw in contents.items():
+        path = folder / name
+        changed[name] = not path.is_file() or path.read_bytes() != raw
+        if changed[name]:
+            with cache.written_beside(path) as beside:
+                beside.write_bytes(raw)
+    for path in folder.iterdir():
+        if path.name not in contents:
+            path.unlink()
+            changed[path.name] = True
+    return changed
+
+
+def record_pins(catalog: Catalog, find_sdist: FindSdist) -> dict[str, bool]:
+    """Write head and blobs of every release with a series to ``releases.toml``; returns version to "changed"."""
+    updated = dict(catalog.releases)
+    for release in catalog.pins:
+        series = catalog.series_of(release)
+        sdist = find_sdist(release)
+        files = touched_files(release, sdist, series.paths)
+        blobs = {path: blob_id(data) for path, data in files.items()}
+        head = series_head(release, series, pristine_objects(release, sdist))
+        updated[release.version] = replace(release, head=head, blobs=blobs)
+    changed = {version: updated[version] != catalog.releases[version] for version in updated}
+    write_releases(catalog, updated)
+    return changed
+
+
+def write_releases(catalog: Catalog, releases: dict[str, Release]) -> None:
+    """Replace ``releases.toml`` by the canonical text of *releases*."""
+    with cache.written_beside(catalog.folder / "releases.toml") as beside:
+        beside.write_text(dump_releases(releases), encoding="utf-8")

@@ -1,0 +1,124 @@
+"""Results as plain text for a person; the JSON for a machine comes from the same values."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from types import TracebackType
+from typing import Self, TextIO
+
+from vllm_patches.check import CheckReport
+from vllm_patches.errors import PatchesError
+from vllm_patches.outcome import Applied, ApplyOutcome
+from vllm_patches.treecheck import Fit, TreeReport
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns, two blanks apart; the last column runs free."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def applied_text(result: Applied) -> str:
+    """The table of five, and where the tree and its HEAD are."""
+    lines = [f"vLLM {result.release}: {result.outcome.value}"]
+    lines.append(
+        table([("fix", "title", "result", "why"), *((r.fix, r.title, r.result, r.reason) for r in result.rows)])
+    )
+    if result.tree:
+        lines.append(f"tree: {result.tree}")
+        lines.append(f"HEAD: {result.head}")
+    if result.outcome is ApplyOutcome.ALREADY:
+        lines.append("nothing was changed")
+    lines += result.notes
+    return "\n".join(lines)
+
+
+def check_text(report: CheckReport) -> str:
+    """A line per pin, then every error and every problem in full."""
+    rows = [("pin", "series", "patches", "files", "hunks", "fuzz 0, offset 0")]
+    for pin in report.pins:
+        verdict = "in and out again" if pin.error is None else "DRIFT"
+        rows.append((pin.release, pin.series, str(pin.patches), str(pin.files), str(pin.hunks), verdict))
+    lines = [table(rows)]
+    lines += [f"\nerror: {pin.error}" for pin in report.pins if pin.error]
+    lines += [f"\nproblem: {problem}" for problem in report.problems]
+    lines.append("\nall patches apply" if report.ok else f"\n{_count(report)} found")
+    return "\n".join(lines)
+
+
+def _count(report: CheckReport) -> str:
+    errors, problems = sum(pin.error is not None for pin in report.pins), len(report.problems)
+    return f"{errors} patch error(s) and {problems} problem(s)"
+
+
+def tree_text(report: TreeReport) -> str:
+    """How each patch stands to the tree, and each hunk that is not simply at its place."""
+    lines = [f"{report.tree}: series of vLLM {report.release} ({report.chosen_by})"]
+    for patch in report.patches:
+        lines.append(f"{patch.patch}  {patch.fit.value}")
+        for hunk in patch.hunks:
+            place = f"  {hunk.file} hunk {hunk.hunk}"
+            if hunk.fit is Fit.CONFLICT:
+                lines.append(f"{place}: conflict at line {hunk.line}")
+                lines += [f"    expected: {hunk.expected}", f"    found:    {hunk.found}"]
+            elif hunk.fit is Fit.OFFSET:
+                lines.append(f"{place}: at line {hunk.line}, {hunk.offset:+d} lines")
+            elif hunk.fit is Fit.IN and patch.fit is Fit.PARTLY:
+                lines.append(f"{place}: already in, at line {hunk.line}")
+    return "\n".join(lines)
+
+
+def jsonable(value: object) -> object:
+    """Dataclasses, enums, dates and our errors as what `json` takes."""
+    if isinstance(value, PatchesError):
+        return value.as_dict()
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return value
+
+
+class DownloadBar:
+    """Progress of one download: a bar on a terminal, a line per quarter elsewhere. pypi-simple's tracker protocol."""
+
+    def __init__(self, name: str, total: int | None, out: TextIO) -> None:
+        self._name, self._total, self._out = name, total or 0, out
+        self._done = 0
+        self._shown = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._out.isatty():
+            self._out.write("\n")
+
+    def update(self, increment: int) -> None:
+        """*increment* more bytes have arrived."""
+        self._done += increment
+        percent = 100 * self._done // self._total if self._total else 0
+        step = percent if self._out.isatty() else percent // 25 * 25
+        if step != self._shown:
+            self._shown = step
+            start, end = ("\r", "") if self._out.isatty() else ("", "\n")
+            self._out.write(f"{start}{self._name}: {step:3d} % of {self._total / 1e6:.1f} MB{end}")
+            self._out.flush()
+
+
+def say(text: str) -> None:
+    """One line of progress, on standard error so that ``--json`` output stays clean."""
+    print(text, file=sys.stderr, flush=True)

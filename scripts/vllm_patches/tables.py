@@ -1,0 +1,123 @@
+"""``patches/releases.toml`` and ``patches/fixes.toml``: read into the model, and written back in one form."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from vllm_patches.errors import PatchesError
+from vllm_patches.model import FIX_IDS, Fix, FixState, Release, State
+
+HEADER = """\
+# Every upstream release from 0.16.0 on: its sdist, and what its own code does about each of the five defects.
+# state: live (the engine reaches it), latent (unsafe, no caller), fixed, absent (code not there), broken (dead for
+# another reason). evidence: file:line in that release's sdist. head: the commit `apply` ends in; blobs: the pristine
+# git blob ids of the files that the series touches. `make record` writes head and blobs; states are written by hand.
+"""
+
+
+def load_fixes(path: Path) -> dict[str, Fix]:
+    """The five fixes by id, in order."""
+    rows = _load(path).get("fix", [])
+    return {row["id"]: _fix(row, path) for row in rows}
+
+
+def load_releases(path: Path) -> dict[str, Release]:
+    """All releases by version, in the order of the file."""
+    rows = _load(path).get("release", [])
+    releases: dict[str, Release] = {}
+    for row in rows:
+        release = _release(row, path)
+        if release.version in releases:
+            raise _bad(path, f"one block for {release.version}", "two")
+        releases[release.version] = release
+    return releases
+
+
+def dump_releases(releases: dict[str, Release]) -> str:
+    """The canonical text of ``releases.toml``; `make check` wants the committed file to equal it."""
+    return HEADER + "".join("\n" + _dump_release(release) for release in releases.values())
+
+
+def _dump_release(release: Release) -> str:
+    lines = [
+        "[[release]]",
+        f'version = "{release.version}"',
+        f"date = {release.date.isoformat()}",
+        f'sdist = "{release.sdist}"',
+        f'sha256 = "{release.sha256}"',
+        f"size = {release.size}",
+    ]
+    lines += [f'{key} = "{value}"' for key in ("series", "head") if (value := getattr(release, key))]
+    lines.append("[release.state]")
+    for fix_id, state in release.states.items():
+        note = f', note = "{_escape(state.note)}"' if state.note else ""
+        lines.append(f'{fix_id} = {{ state = "{state.state.value}", evidence = "{_escape(state.evidence)}"{note} }}')
+    if release.blobs:
+        lines.append("[release.blobs]")
+        lines += [f'"{path}" = "{blob}"' for path, blob in sorted(release.blobs.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PatchesError(
+            "cannot read a table", file=str(path), found=str(error), next_command=f"git diff -- {path}"
+        ) from error
+
+
+def _fix(row: dict[str, Any], path: Path) -> Fix:
+    try:
+        return Fix(
+            id=row["id"],
+            slug=row["slug"],
+            title=row["title"],
+            defect=row["defect"],
+            symptom=row["symptom"],
+            upstream_pr=tuple(row["upstream_pr"]),
+            introduced_by=row["introduced_by"],
+            first_fixed=row["first_fixed"],
+            severity=row["severity"],
+            removal=row["removal"],
+            parts=tuple(row["parts"]),
+            upstream_commit=row.get("upstream_commit", ""),
+        )
+    except KeyError as error:
+        raise _bad(path, f"fix {row.get('id', '?')} to have the key {error}", "none") from error
+
+
+def _release(row: dict[str, Any], path: Path) -> Release:
+    try:
+        states = {key: _state(value) for key, value in row["state"].items()}
+        if tuple(states) != FIX_IDS:
+            raise _bad(path, f"release {row['version']} to state {', '.join(FIX_IDS)}", ", ".join(states))
+        return Release(
+            version=row["version"],
+            date=row["date"],
+            sdist=row["sdist"],
+            sha256=row["sha256"],
+            size=row["size"],
+            states=states,
+            series=row.get("series", ""),
+            head=row.get("head", ""),
+            blobs=dict(row.get("blobs", {})),
+        )
+    except (KeyError, ValueError) as error:
+        raise _bad(path, f"a complete block for {row.get('version', '?')}", f"{error!r}") from error
+
+
+def _state(row: dict[str, str]) -> FixState:
+    return FixState(State(row["state"]), row["evidence"], row.get("note", ""))
+
+
+def _bad(path: Path, expected: str, found: str) -> PatchesError:
+    return PatchesError(
+        "a table is wrong", file=path.name, expected=expected, found=found, next_command=f"git diff -- {path}"
+    )
