@@ -1,0 +1,110 @@
+# vllm-patches: `make apply` and `make test` do all set-up on a machine with Python >= 3.11, git and make.
+#
+#   make apply [PIN=0.20.2|all] [SRC=/path/to/checkout] [SDIST=FILE]   a patched tree under build/src, or a branch
+#   make check [PIN=...] [SDIST=FILE] [TREE=DIR]                       do the patches still apply?
+#   make test                                                          all tests
+#   make ci                                                            what CI runs
+#   make help                                                          every target
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+BUILD ?= build/src
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# Given the source, apply and check need neither the network nor the one library that talks to the index:
+# then the plain interpreter runs them, and no environment is made.
+OFFLINE := $(strip $(SRC)$(SDIST)$(TREE))
+RUN := PYTHONPATH=scripts $(if $(OFFLINE),$(PYTHON),$(BIN)/python) -m vllm_patches
+RUN_ENV := $(if $(OFFLINE),,$(VENV)/run.stamp)
+
+option = $(if $(strip $($(2))),--$(1) '$(strip $($(2)))')
+json = $(if $(strip $(JSON)),--json)
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.PHONY: apply
+apply: $(RUN_ENV) ## a patched work tree of a release (PIN=, SRC=, SDIST=, BUILD=, JSON=1)
+	@$(RUN) apply $(call option,pin,PIN) $(call option,src,SRC) $(call option,sdist,SDIST) --build '$(BUILD)' $(json)
+
+.PHONY: check
+check: $(RUN_ENV) ## do the patches still apply? (PIN=, SDIST=, TREE=your checkout, JSON=1)
+	@$(RUN) check $(call option,pin,PIN) $(call option,sdist,SDIST) $(call option,tree,TREE) $(json)
+
+.PHONY: watch
+watch: $(VENV)/run.stamp ## what upstream's newest release has of the five fixes (VERSION=, VERSION=all)
+	@$(RUN) watch $(call option,version,VERSION) $(json)
+
+.PHONY: new-pin
+new-pin: $(VENV)/run.stamp ## add a release to the tables (VERSION=)
+	@$(RUN) new-pin '$(VERSION)' $(json)
+
+.PHONY: matrix
+matrix: ## write the matrix release x fix into the README
+	@PYTHONPATH=scripts $(PYTHON) -m vllm_patches matrix --write
+
+.PHONY: export
+export: ## write the commits of build/src/vllm-PIN to the patch files of its series (PIN=)
+	@PYTHONPATH=scripts $(PYTHON) -m vllm_patches export $(call option,pin,PIN)
+
+.PHONY: record
+record: $(VENV)/run.stamp ## write HEAD and blobs of every pin to patches/releases.toml
+	@$(RUN) record
+
+.PHONY: test
+test: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## all tests
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
+
+.PHONY: lint
+lint: $(VENV)/test.stamp ## ruff, mypy, workflow and action schemas
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
+
+.PHONY: bench
+bench: $(VENV)/run.stamp ## apply and check against the plain tools, ratios in one run
+	@PYTHONPATH=scripts $(BIN)/python ci/bench.py
+
+.PHONY: ci
+ci: ## what CI runs
+	@bash .ci/run
+
+.PHONY: system-check
+system-check: # what no pip can install: an error that says what to type, never a skip
+	@missing=""; for tool in g++ patch quilt; do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -n "$$missing" ]; then echo "error: the tests need:$$missing"; \
+	echo "  next:     sudo apt-get install --yes$$missing"; exit 1; fi >&2
+
+.PHONY: venv
+venv: $(VENV)/run.stamp ## the environment that apply, check and watch need
+
+.PHONY: clean
+clean: ## remove build/, the environment and tool caches (patched trees of yours in build/ too)
+	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@echo "making $(VENV)" >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "  next:     sudo apt-get install --yes python3-venv" >&2; exit 1; }
+
+$(VENV)/run.stamp: ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
+	@echo "installing $< (2 MB)" >&2
+	@$(PIP) install -c ci/constraints.txt -r $<
+	@touch $@
+
+$(VENV)/test.stamp: ci/requirements-test.txt ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
+	@echo "installing $< (45 MB)" >&2
+	@$(PIP) install -c ci/constraints.txt -r $<
+	@touch $@
+
+$(VENV)/proof.stamp: ci/requirements-proof.txt ci/constraints.txt | $(VENV)/bin/python
+	@echo "installing $< (about 700 MB with a CPU build of torch; takes 2 GB on disk)" >&2
+	@$(PIP) install -c ci/constraints.txt -r $<
+	@touch $@
