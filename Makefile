@@ -86,8 +86,8 @@ system-check: # what no pip can install: an error that says what to type, never 
 venv: $(VENV)/run.stamp ## the environment that apply, check and watch need
 
 .PHONY: clean
-clean: ## remove build/, the environment and tool caches (patched trees of yours in build/ too)
-	rm -rf build dist $(VENV) .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove the environment and the tools' caches; patched trees under build/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@echo "making $(VENV)" >&2

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 
@@ -16,11 +16,9 @@ from vllm_patches import cache, git
 from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
 from vllm_patches.model import Disposition, Release, Series
-from vllm_patches.outcome import Applied, ApplyOutcome, fix_rows
+from vllm_patches.outcome import Applied, ApplyOutcome, Say, fix_rows
 from vllm_patches.store import FindSdist
 from vllm_patches.tree import branch_name, build_tree, pristine_objects
-
-Say = Callable[[str], None]
 
 _RECORD = "vllm-patches.json"  # in the tree's .git: which series it was made from
 
@@ -42,6 +40,16 @@ def apply_release(catalog: Catalog, release: Release, find_sdist: FindSdist, bui
     recorded = "the recorded one" if release.head else "not recorded yet (make record)"
     notes = (f"HEAD is {recorded}",)
     return Applied(release.version, ApplyOutcome.APPLIED, rows, str(target), head, notes)
+
+
+def make_tree(release: Release, sdist: Path, build: Path, say: Say) -> Path:
+    """The pristine tree of a release that has no series yet; refuses to replace one."""
+    target = build / f"vllm-{release.version}"
+    with _locked(build, say):
+        if target.exists():
+            raise _not_ours(target, release, "no folder of that name", "one that exists")
+        _build_beside(release, Series("", ()), sdist, target)
+    return target
 
 
 def states_only(catalog: Catalog, release: Release) -> Applied:

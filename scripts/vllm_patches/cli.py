@@ -70,6 +70,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
     one.add_argument("--tree", type=Path, help="your own checkout, fork or unpacked sdist; it is only read")
     one.add_argument("--strict", action="store_true", help="with --tree: an offset is a failure too")
+    one = verb("watch", _watch, "what upstream's newest release has of the five fixes, by its code")
+    one.add_argument("--version", default="", help="a release, or 'all' that are recorded (default: the newest)")
+    one = verb("new-pin", _new_pin, "take a release into the tables, and say what is left to do")
+    one.add_argument("release")
+    one.add_argument("--build", type=Path, default=Path("build/src"))
     one = verb("matrix", _matrix, "print the matrix release x fix")
     one.add_argument("--write", action="store_true", help="write it into the README")
     one = verb(
@@ -138,6 +143,22 @@ def _check(catalog: Catalog, options: argparse.Namespace) -> int:
     checked = check_catalog(catalog, pins or catalog.pins, _finder(options.sdist))
     _print(options, checked, render.check_text(checked))
     return 0 if checked.ok else 1
+
+
+def _watch(catalog: Catalog, options: argparse.Namespace) -> int:
+    from vllm_patches.watch import watch
+
+    report = watch(catalog, options.version, _finder(None))
+    _print(options, report, render.watch_text(report))
+    return 0 if report.ok else 1
+
+
+def _new_pin(catalog: Catalog, options: argparse.Namespace) -> int:
+    from vllm_patches.newpin import new_pin
+
+    added = new_pin(catalog, options.release, _finder(None), options.build, say)
+    _print(options, added, render.new_pin_text(added))
+    return 0
 
 
 def _matrix(catalog: Catalog, options: argparse.Namespace) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from vllm_patches.model import Release
 
 PROJECT = "vllm"
+_FINAL = re.compile(r"\d+(\.\d+)+")
 
 
 Progress = Callable[[int | None], "ProgressTracker"]
@@ -38,23 +42,33 @@ def fetch_sdist(release: Release, progress: Progress | None = None) -> Path:
     return target
 
 
-def list_sdists() -> dict[str, DistributionPackage]:
-    """Every sdist of vLLM that the user's indexes offer and have not yanked, by version."""
+@dataclass(frozen=True)
+class Offer:
+    """An sdist that an index offers; *sha256* is the index's own word, empty if it gives none."""
+
+    version: str
+    filename: str
+    sha256: str
+    date: datetime.date | None
+
+
+def list_offers() -> dict[str, Offer]:
+    """Every final release of vLLM whose sdist the user's indexes offer and have not yanked, oldest first."""
     settings = read_settings()
-    found: dict[str, DistributionPackage] = {}
+    found: dict[str, Offer] = {}
     for client in _clients(settings):
         for package in _packages(client, settings):
-            if package.package_type == "sdist" and package.version and not package.is_yanked:
-                found.setdefault(package.version, package)
-    return found
+            version = package.version or ""
+            final = _FINAL.fullmatch(version) and package.package_type == "sdist" and not package.is_yanked
+            if final and version not in found:
+                day = package.upload_time.date() if package.upload_time else None
+                found[version] = Offer(version, package.filename, package.digests.get("sha256", ""), day)
+    return dict(sorted(found.items(), key=lambda item: version_key(item[0])))
 
 
-def download(package: DistributionPackage, target: Path, progress: Progress | None = None) -> None:
-    """Fetch a file that no table of ours knows yet; the index's own digest is checked."""
-    settings = read_settings()
-    client = _client(settings, "")
-    with cache.written_beside(target) as beside:
-        _download(client, package, beside, settings, progress, verify=True)
+def version_key(version: str) -> tuple[int, ...]:
+    """The order of final releases."""
+    return tuple(int(part) for part in version.split("."))
 
 
 def _obtain(release: Release, settings: PipSettings, target: Path, progress: Progress | None) -> None:
@@ -67,7 +81,7 @@ def _obtain(release: Release, settings: PipSettings, target: Path, progress: Pro
     for client in _clients(settings):
         for package in _packages(client, settings):
             if package.filename == release.sdist:
-                _download(client, package, target, settings, progress, verify=False)
+                _download(client, package, target, settings, progress)
                 return
     raise PatchesError(
         "no configured package index offers the sdist",
@@ -125,30 +139,14 @@ def _download(
     target: Path,
     settings: PipSettings,
     progress: Progress | None,
-    *,
-    verify: bool,
 ) -> None:
-    from pypi_simple import DigestMismatchError
+    """Fetch without the library's own digest check: ours is against the recorded hash and keeps the file aside."""
     from requests import RequestException
 
     try:
-        client.download_package(
-            package,
-            target,
-            verify=verify,
-            progress=progress,
-            timeout=settings.timeout,
-        )
+        client.download_package(package, target, verify=False, progress=progress, timeout=settings.timeout)
     except RequestException as error:
         raise _unreachable(client, error) from error
-    except DigestMismatchError as error:
-        raise PatchesError(
-            "the download's digest is not the index's own",
-            file=package.filename,
-            expected=error.expected_digest,
-            found=error.actual_digest,
-            next_command="make watch    # fetches it again",
-        ) from error
 
 
 def _keep_aside(release: Release, beside: Path, target: Path, found: str) -> None:

@@ -37,7 +37,10 @@ def export_series(catalog: Catalog, release: Release, tree: Path) -> dict[str, b
     for commit in git.commits_after(tree, base, head):
         raw = git.format_patch(tree, commit)
         files[_file_name(catalog, commit, raw)] = raw
-    return _write_series(catalog.folder / (release.series or f"v{release.version}"), files)
+    if not release.series:
+        release = replace(release, series=f"v{release.version}")
+        write_releases(catalog, {**catalog.releases, release.version: release})
+    return _write_series(catalog.folder / release.series, files)
 
 
 def _file_name(catalog: Catalog, commit: str, raw: bytes) -> str:
@@ -66,7 +69,7 @@ def _write_series(folder: Path, files: dict[str, bytes]) -> dict[str, bool]:
             with cache.written_beside(path) as beside:
                 beside.write_bytes(raw)
     for path in folder.iterdir():
-        if path.name not in contents:
+        if path.name not in contents:  # a retired patch
             path.unlink()
             changed[path.name] = True
     return changed

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 from vllm_patches.model import Disposition, Fix, Release
+
+Say = Callable[[str], None]  # takes one line of progress
 
 
 class ApplyOutcome(Enum):

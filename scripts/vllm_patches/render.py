@@ -8,12 +8,16 @@ import sys
 from collections.abc import Sequence
 from enum import Enum
 from types import TracebackType
-from typing import Self, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 from vllm_patches.check import CheckReport
 from vllm_patches.errors import PatchesError
 from vllm_patches.outcome import Applied, ApplyOutcome
 from vllm_patches.treecheck import Fit, TreeReport
+
+if TYPE_CHECKING:
+    from vllm_patches.newpin import NewPin
+    from vllm_patches.watch import WatchReport
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -70,6 +74,30 @@ def tree_text(report: TreeReport) -> str:
                 lines.append(f"{place}: at line {hunk.line}, {hunk.offset:+d} lines")
             elif hunk.fit is Fit.IN and patch.fit is Fit.PARTLY:
                 lines.append(f"{place}: already in, at line {hunk.line}")
+    return "\n".join(lines)
+
+
+def watch_text(report: WatchReport) -> str:
+    """Per release and fix the verdict, and each code site behind one that is not simply there."""
+    lines = [f"newest release: {report.newest}"]
+    for release in report.releases:
+        lines.append(f"\nvLLM {release.release}" + ("" if release.known else " (not in releases.toml)"))
+        for fix in release.fixes:
+            recorded = f"  [recorded: {fix.recorded}]" if fix.recorded else ""
+            lines.append(f"{fix.fix} {fix.verdict}{recorded}")
+            lines += [f"  {s.finding.value:<8} {s.part}  {s.path}:{s.line}  {s.note}".rstrip() for s in fix.sites]
+            if fix.contradiction:
+                lines.append(f"  error: {fix.contradiction}")
+    lines += [f"\nerror: releases.toml does not know {v}\n  next:     make new-pin VERSION={v}" for v in report.unknown]
+    return "\n".join(lines)
+
+
+def new_pin_text(added: NewPin) -> str:
+    """The proposed states, how the nearest series stands, and what is left to do."""
+    lines = [f"vLLM {added.release.version}: added to patches/releases.toml, pristine tree in {added.tree}"]
+    lines += [f"{i} {s.state.value} ({s.evidence}); {s.note}" for i, s in added.release.states.items()]
+    lines += [f"\nseries {added.nearest} on it:", *(f"  {fit.patch}  {fit.fit.value}" for fit in added.patches)]
+    lines += ["\nleft to do:", *(f"  {number}. {step}" for number, step in enumerate(added.todo, 1))]
     return "\n".join(lines)
 
 

@@ -98,6 +98,9 @@ def series_head(release: Release, series: Series, pristine: Pristine) -> str:
 def commit_series(directory: Path, release: Release, patches: Iterable[Patch], base: str, ref: str) -> str:
     """One commit per patch on *base*, as the new ref *ref*; returns the last commit."""
     chosen = list(patches)
+    if not chosen:
+        git.update_ref(directory, ref, base)
+        return base
     paths = list(dict.fromkeys(file.path for patch in chosen for file in patch.files))
     blobs = git.blobs(directory, base, paths)
     contents = git.read_blobs(directory, blobs.values())

@@ -35,9 +35,7 @@ class Case:
     # and a signal counts as the assertion "signal:<NAME>".
     isolated: set[str] = field(default_factory=set)
 
-    def check(
-        self, name: str, *, isolated: bool = False
-    ) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    def check(self, name: str, *, isolated: bool = False) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
         """Register a check; it is called with the root of the vLLM source tree under test."""
 
         def register(function: Callable[[Path], None]) -> Callable[[Path], None]:

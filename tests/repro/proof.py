@@ -124,9 +124,7 @@ def run_case(fix: Fix, version: str, side: str, tree: Path, only: tuple[str, ...
     return _read_side(version, side, record, status, tail, time.perf_counter() - started)
 
 
-def _read_side(
-    version: str, side: str, record: dict[str, Any], status: int | None, tail: str, seconds: float
-) -> Side:
+def _read_side(version: str, side: str, record: dict[str, Any], status: int | None, tail: str, seconds: float) -> Side:
     outcomes: dict[str, str] = {}
     where: dict[str, str] = {}
     for check in record.get("checks", []):
