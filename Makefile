@@ -62,6 +62,14 @@ record: $(VENV)/run.stamp ## write HEAD and blobs of every pin to patches/releas
 test: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## all tests
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
+.PHONY: prove
+prove: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## stock fails, patched passes: the table (PIN=all, FIX=0003, JSON=1)
+	@$(BIN)/python tests/repro/proof.py $(call option,pin,PIN) $(call option,fix,FIX) $(json)
+
+.PHONY: mutants
+mutants: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## wrong half-fixes, each of which a proof must catch (PIN=, FIX=, JSON=1)
+	@$(BIN)/python tests/repro/mutants.py $(call option,pin,PIN) $(call option,fix,FIX) $(json)
+
 .PHONY: lint
 lint: $(VENV)/test.stamp ## ruff, mypy, workflow and action schemas
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -7,6 +7,7 @@ skip, a time-out, a crash on import, a check that did not run: each is a failed 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = Path(os.environ.get("VLLM_PATCHES_PROOF_TREES", ROOT / "build" / "proof"))
+FIRST_PINS = ("0.18.1", "0.19.1", "0.20.2", "0.21.0")
 TIMEOUT = 300.0  # seconds for one side; a repro takes about ten
 
 sys.path[:0] = [str(ROOT / "scripts"), str(HERE), str(HERE / "cases")]
@@ -32,7 +35,7 @@ from vllm_patches.apply import apply_release  # noqa: E402
 from vllm_patches.catalog import Catalog, open_catalog  # noqa: E402
 from vllm_patches.index import fetch_sdist  # noqa: E402
 from vllm_patches.model import Fix, Release  # noqa: E402
-from vllm_patches.render import say  # noqa: E402
+from vllm_patches.render import say, table  # noqa: E402
 from vllm_patches.tree import PRISTINE  # noqa: E402
 
 
@@ -170,3 +173,54 @@ def _link_pristine(patched: Path, tree: Path, touched: tuple[str, ...]) -> None:
         target = tree / path
         target.unlink()  # never write through the link
         target.write_bytes(contents[blob])
+
+
+def _prove_and_tell(catalog: Catalog, fix: Fix, release: Release) -> Proof:
+    found = prove(catalog, fix, release)
+    say(f"{fix.id} on {release.version}: {'; '.join(found.complaints) or 'proved'}")
+    return found
+
+
+def _table(proofs: list[Proof]) -> str:
+    rows = [("fix", "release", "state", "stock", "patched", "verdict", "seconds")]
+    for p in proofs:
+        total = p.stock.seconds + (p.patched.seconds if p.patched else 0)
+        verdict = "PROVED" if not p.complaints else "NOT PROVED"
+        rows.append((p.fix, p.release, p.state, _count(p.stock), _count(p.patched), verdict, f"{total:.0f}"))
+    return table(rows)
+
+
+def _count(side: Side | None) -> str:
+    """How many checks failed on their own assertion, of how many."""
+    if side is None:
+        return "-"
+    failed = sum(outcome.startswith("fail: ") for outcome in side.outcomes.values())
+    return f"{failed} of {len(side.outcomes)} fail"
+
+
+def main() -> int:
+    """`make prove`: the proof table; exit status 1 if one is not a proof."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pin", default="", help="release, or 'all' (default: the first four pins)")
+    parser.add_argument("--fix", action="append", help="only this fix (repeatable)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    catalog = open_catalog()
+    versions = [options.pin] if options.pin else list(FIRST_PINS)
+    if options.pin == "all":
+        versions = [name.removeprefix("v") for name in catalog.series]
+    for version in versions:
+        proof_trees(version)
+    work = [(f, catalog.release(v)) for v in versions for f in catalog.fixes.values() if f.id in (options.fix or f.id)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        proofs = list(pool.map(lambda item: _prove_and_tell(catalog, *item), work))
+    if options.json:
+        print(json.dumps([asdict(p) | {"complaints": p.complaints} for p in proofs], indent=1))
+    else:
+        print(_table(proofs))
+    return 0 if proofs and not any(p.complaints for p in proofs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
