@@ -26,14 +26,17 @@ SECTIONS = ("Why", "Mechanism", "Fix", "Scope", "Beyond upstream", "Removal")
 ORIGIN = "other, written for this series"
 REPOSITORY = "https://github.com/vllm-project/vllm"
 
+# Upstream's change: the pull request where a source that was read names it, else the first release that holds it.
+_CHANGE = rf"{REPOSITORY}/(pull/\d+|releases/tag/v\d+\.\d+\.\d+)"
+
 _VALUES = {
     "Origin": re.escape(ORIGIN),
     "Bug": rf"{REPOSITORY}/(issues|pull)/\d+",
     "Forwarded": rf"no|not-needed|{REPOSITORY}/(issues|pull)/\d+",
-    "Applied-Upstream": rf"no|\d+\.\d+\.\d+, {REPOSITORY}/pull/\d+(, commit [0-9a-f]{{9,40}})?",
+    "Applied-Upstream": rf"no|\d+\.\d+\.\d+, {_CHANGE}(, commit [0-9a-f]{{9,40}})?",
     "Last-Update": r"\d{4}-\d{2}-\d{2}",
     # OpenEmbedded's vocabulary; see its patch guidelines.
-    "Upstream-Status": rf"Pending|Submitted \[{REPOSITORY}/pull/\d+\]|Backport \[{REPOSITORY}/pull/\d+\]"
+    "Upstream-Status": rf"Pending|Submitted \[{REPOSITORY}/pull/\d+\]|Backport \[{_CHANGE}\]"
     r"|Denied|Inappropriate \[[^\]]+\]",
     "Applies-To": r"\d+\.\d+\.\d+(, \d+\.\d+\.\d+)*",
     "Requires": r"none|\d{4}(, \d{4})*",
