@@ -53,6 +53,10 @@ def _cp_gather_indexer_quant_cache_kernel(cu_seqlen_ptr, token_to_seq_ptr, batch
         return
     seq = tl.load(token_to_seq_ptr + tid)
     start = tl.load(cu_seqlen_ptr + seq)
+
+
+def cp_gather_indexer_k_quant_cache_triton(cu_seqlen, token_to_seq):
+    _cp_gather_indexer_quant_cache_kernel[grid](cu_seqlen, token_to_seq, cu_seqlen.shape[0] - 1)
 """,
     RECURRENT: """\
 def fused_recurrent_gated_delta_rule_fwd_kernel(h0, ht, ssm_state_indices, T):
@@ -126,11 +130,13 @@ class DeepseekV32IndexerMetadataBuilder(Base):
     AITER: """\
 if current_platform.is_rocm():
 
-    def cp_mha_gather_cache_kernel(key_cache_ptr, value_cache_ptr, num_heads, head_size, k_stride, v_stride):
+    def cp_mha_gather_cache_kernel(
+        key_cache_ptr, value_cache_ptr, k_stride, k_stride1, k_stride2, v_stride, v_stride1, v_stride2
+    ):
         block_id = tl.load(block_table_ptr)
         if CACHE_FORMAT == "NHD":
-            key_at = key_cache_ptr + block_id * k_stride + slot_id  # NHD
-            value_at = value_cache_ptr + block_id * v_stride + slot_id
+            key_at = key_cache_ptr + block_id * k_stride + slot_id * k_stride1 + head_id * k_stride2  # NHD
+            value_at = value_cache_ptr + block_id * v_stride + slot_id * v_stride1 + head_id * v_stride2
             k = tl.load(key_at)
             v = tl.load(value_at)
         elif CACHE_FORMAT == "SHUFFLE":
@@ -142,7 +148,14 @@ if current_platform.is_rocm():
     def cp_mha_gather_cache(key_cache, value_cache):
         strides = key_cache.stride()
         cp_mha_gather_cache_kernel[grid](
-            key_cache, value_cache, heads, size, strides[0], value_cache.stride(0)
+            key_cache,
+            value_cache,
+            strides[0],
+            strides[1],
+            strides[2],
+            v_stride=value_cache.stride(0),
+            v_stride1=value_cache.stride(1),
+            v_stride2=value_cache.stride(2),
         )
 
     def reshape_and_cache_shuffle_kernel(key_cache_ptr, value_cache_ptr, block_size, k_stride, v_stride):
@@ -154,8 +167,9 @@ if current_platform.is_rocm():
         tl.store(value_cache_ptr + to_value, v)
 
     def reshape_and_cache_shuffle_triton(key_cache, value_cache):
+        tiles = key_cache.view_as(template)
         reshape_and_cache_shuffle_kernel[grid](
-            key_cache, value_cache, size, k_stride=key_cache.stride(0), v_stride=value_cache.stride(0)
+            tiles, value_cache, size, k_stride=tiles.stride(0), v_stride=value_cache.stride(0)
         )
 
 
@@ -166,6 +180,7 @@ class Impl:
     WORKER: """\
 class Worker:
     def wake_up(self, tags):
+        allocator.wake_up(tags)
         if tags is None or "kv_cache" in tags:
             self.model_runner.post_kv_cache_wake_up()
 
@@ -290,6 +305,15 @@ CASES = [
     ),
     Case("gather-triton", TWIN, EARLY, "", "start = tl.load"),
     Case("gather-triton", TWIN, "tid >= tl.load", "tid > tl.load", "start = tl.load"),
+    Case("gather-triton", TWIN, "tid >= tl.load(cu_seqlen_ptr + batch_size)", "tid < 0", "start = tl.load"),
+    Case(
+        "gather-triton",
+        TWIN,
+        "tid >= tl.load(cu_seqlen_ptr + batch_size)",
+        "tl.load(cu_seqlen_ptr + batch_size) <= tid",
+        "<= tid",
+        Finding.PRESENT,
+    ),
     Case("gather-triton", TWIN, EARLY, EARLY.replace("batch_size", "seq"), "if tid >="),
     Case(
         "gather-triton",
@@ -351,7 +375,8 @@ CASES = [
     ),
     Case("clamp-uniform", INDEXER, f"tl.maximum({LENGTH}, 0)", LENGTH, "length = "),
     # 0004: K or V alone is not enough; the write of packed K and V cannot be mended by strides.
-    Case("nhd-gather", AITER, "block_id * k_stride + slot_id  # NHD", HARD_CODED, "PAGE_SIZE"),
+    Case("nhd-gather", AITER, "block_id * k_stride + slot_id *", f"{HARD_CODED} + slot_id *", "PAGE_SIZE"),
+    Case("nhd-gather", AITER, "head_id * v_stride2", "head_id * head_size", "head_id * head_size"),
     Case("shuffle-gather", AITER, "block_id * k_stride + slot_id  # SHUFFLE", HARD_CODED, "PAGE_SIZE"),
     Case(
         "shuffle-gather",
@@ -388,6 +413,7 @@ CASES = [
     ),
     Case("wake-up-hook", WORKER, "in tags:", "in tags and self.dtype == 'fp8':", "post_kv_cache_wake_up()"),
     Case("wake-up-hook", OLD_RUNNER, "def post_kv_cache_wake_up", "def other", "wake_up()"),
+    Case("wake-up-hook", OLD_RUNNER, "self.init_fp8_kv_scales()", "pass", "wake_up()"),
     Case("layout-refresh", WORKER, "post_kv_cache_wake_up", "init_fp8_kv_scales", "block_table_ptrs = "),
     Case("layout-refresh", TABLES, "        self.block_sizes_tensor.copy_(sizes)\n", "", "sizes_tensor = "),
     Case("layout-refresh", TABLES, FILLED, RECREATED, "block_table_ptrs = pointers", Finding.PRESENT),
@@ -545,9 +571,16 @@ def test_a_pool_for_the_cache_alone_is_another_fix(worker: str) -> None:
     assert all("initialize_kv_cache" in worker.splitlines()[site.line - 1] for site in sites)
 
 
+EARLY_AND_LOADS = (
+    EARLY + "    seq = tl.load(token_to_seq_ptr + tid)\n    start = tl.load(cu_seqlen_ptr + seq)"
+)
+HALF_MASKED = """\
+    seq = tl.load(token_to_seq_ptr + tid)
+    start = tl.load(cu_seqlen_ptr + seq, mask=seq < batch_size)"""
 UNKNOWN = [
     ("0001", CUDA, "cp_gather_indexer_k_quant_cache_kernel", "renamed_kernel", "not found"),
     ("0001", CUDA, "= -1;", "= n;", "not as -1"),
+    ("0001", CUDA, "if (threadIdx.x == 0)", "if (threadIdx.x + threadIdx.y == 0)", "which rows"),
     (
         "0001",
         CUDA,
@@ -555,14 +588,9 @@ UNKNOWN = [
         ") { return; }\n  if (batch >= 0) {",
         "does not just return",
     ),
-    (
-        "0001",
-        TWIN,
-        EARLY + "    seq = tl.load(token_to_seq_ptr + tid)\n    start = tl.load(cu_seqlen_ptr + seq)",
-        "    seq = tl.load(token_to_seq_ptr + tid)\n    start = tl.load(cu_seqlen_ptr + seq, mask=seq < 9)",
-        "does not bound",
-    ),
+    ("0001", TWIN, EARLY_AND_LOADS, HALF_MASKED, "does not bound"),
     ("0001", TWIN, "(token_to_seq_ptr + tid)", "(rows_ptr + tid)", "token_to_seq_ptr"),
+    ("0001", TWIN, "cu_seqlen.shape[0] - 1", "cu_seqlen.shape[0]", "the number of sequences"),
     ("0001", TWIN, "def _cp_gather", "def _gather", "was it moved"),
     ("0002", RECURRENT, "fwd_kernel", "forward_kernel", "not found"),
     ("0002", RECURRENT, "        if slot <= 0:", "        if slot == 0:", "(True, False, True)"),
@@ -570,19 +598,34 @@ UNKNOWN = [
     ("0002", RECURRENT, "mask=mask_v", "mask=mask_v & (slot > 0)", "masked by a slot number"),
     ("0002", RECURRENT, "packed_decode_kernel(", "packed_decode_kernel_v2(", "packed decode"),
     ("0003", INDEXER, ".view(num", ".contiguous().view(num", "CUDA graphs"),
+    ("0003", INDEXER, "return lengths", "return lengths.clone()", "CUDA graphs"),
+    ("0003", INDEXER, ".view(num_decodes, max_", ".view(max_decode_len, max_", "neither a flat"),
+    ("0003", INDEXER, "lengths[:] = ", "lengths = ", "gets the lengths"),
+    ("0003", INDEXER, "return lengths", "return seq_lens", "what is returned"),
     ("0003", INDEXER, "config.max_num_seqs * next_n", "512", "the size of"),
     ("0003", INDEXER, ".clamp_(min=0)", ".clamp_(max=0)", "bounded elsewhere"),
     ("0003", INDEXER, f"tl.maximum({LENGTH}, 0)", f"tl.abs({LENGTH})", "the form of the length"),
     ("0003", INDEXER, ".clamp_(min=0)\n", "\n        lengths = torch.where(a, b, c)\n", "bounded elsewhere"),
     ("0003", INDEXER, "decode_seq_lens_buffer", "lengths_buffer", "not the code of before"),
     ("0004", AITER, '== "NHD"', '== "HND"', "no branch"),
-    ("0004", AITER, "block_id * k_stride + slot_id  # NHD", "block_id * (k_stride + 1)", "block offset"),
-    ("0004", AITER, "strides[0], value", "strides[1], value", "no key block stride"),
-    ("0004", AITER, "strides = key_cache", "strides = value_cache", "no key block stride"),
+    ("0004", AITER, "block_id * k_stride + slot_id *", "block_id * (k_stride + 1) + slot_id *", "the offset"),
+    ("0004", AITER, "            strides[0],", "            strides[1],", "no stride 0 of key_cache"),
+    ("0004", AITER, "v_stride2=value_cache.stride(2)", "v_stride2=strides[2]", "no stride 2 of value_cache"),
+    ("0004", AITER, "strides = key_cache", "strides = value_cache", "no stride 0 of key_cache"),
+    (
+        "0004",
+        AITER,
+        "key_cache.view_as(template)",
+        "value_cache.view_as(template)",
+        "no stride 0 of key_cache",
+    ),
+    ("0004", AITER, "key_cache.view_as(template)", "key_cache.contiguous()", "may copy"),
     ("0004", AITER, "kv_cache.unbind(0)", "cut(kv_cache)", "how K and V are cut"),
     ("0005", WORKER, "initialize_kv_cache", "make_kv_cache", "does not call"),
     ("0005", WORKER, 'with allocator.use_memory_pool(tag="kv_cache"):', "with pool():", "the context"),
     ("0005", WORKER, "post_kv_cache_wake_up", "after_sleep", "after_sleep"),
+    ("0005", WORKER, "tags is None or ", "", "for which tags"),
+    ("0005", WORKER, "        allocator.wake_up(tags)\n", "", "mapped again"),
     ("0005", TABLES, "block_sizes_tensor", "sizes_tensor", "no layout tensor"),
 ]
 

@@ -14,6 +14,7 @@ from .source import (
     closing,
     inlined,
     keyword_of,
+    launch_argument,
     leaves,
     names_in,
     open_source,
@@ -27,6 +28,7 @@ TRITON = "vllm/v1/attention/ops/rocm_aiter_mla_sparse.py"
 PATHS = (*CUDA, TRITON)
 
 _CUDA_KERNEL = "cp_gather_indexer_k_quant_cache_kernel"
+_TRITON_WRAPPER = "cp_gather_indexer_k_quant_cache_triton"
 _TRITON_KERNEL = re.compile(r"^def (_cp_gather_indexer_quant_cache\w*kernel)\b", re.MULTILINE)
 
 
@@ -50,7 +52,7 @@ def _cuda(source: Source) -> Site:
     first_read = search_end + reads[0].start()
 
     initialised = _initialised(source, body[: loop.start()], name)
-    barriers = _block_barrier(body[: loop.start()]) and _block_barrier(body[search_end:first_read])
+    barriers = _block_barrier(body[1 : loop.start()]) and _block_barrier(body[search_end:first_read])
     guard = _negative_batch_guard(source, body, search_end, name)
     # A barrier that some threads have left by then hangs the block.
     until_last_barrier = body[: max(0, body.rfind("__syncthreads"))]
@@ -95,18 +97,21 @@ def _initialised(source: Source, before_loop: str, name: str) -> bool:
     values = re.findall(rf"\b{name}\s*\[[^\]]*\]\s*=\s*([^;=][^;]*);", before_loop)
     if any(value.strip() != "-1" for value in values):
         raise source.unknown(f"{_CUDA_KERNEL}: {name} starts as {', '.join(values)}, not as -1")
+    if any("threadIdx.y" in test for test in re.findall(r"\bif\s*\(([^{;]*)\)", before_loop)):
+        raise source.unknown(f"{_CUDA_KERNEL}: which rows of the block are initialised")
     return bool(values)
 
 
 def _block_barrier(code: str) -> bool:
-    """Whether *code* holds a barrier of the whole block that no preprocessor condition takes away."""
+    """Whether *code* holds a barrier of the whole block that no condition takes away, C++ or preprocessor."""
     depth = 0
-    for line in code.splitlines():
-        word = re.match(r"\s*#\s*(if|ifdef|ifndef|endif)\b", line)
-        if word:
-            depth += -1 if word[1] == "endif" else 1
-        if depth == 0 and re.search(r"\b__syncthreads\s*\(\s*\)", line):
-            return True
+    token = r"^[ \t]*#[ \t]*(if|ifdef|ifndef|endif)\b|[{}]|\b__syncthreads\s*\(\s*\)"
+    for match in re.finditer(token, code, re.MULTILINE):
+        if match[0].startswith("__syncthreads"):
+            if depth == 0:
+                return True
+        else:
+            depth += -1 if match[0] == "}" or match[1] == "endif" else 1
     return False
 
 
@@ -150,7 +155,7 @@ def _triton_kernel(source: Source, kernel: ast.FunctionDef) -> Site:
     ]
     if not lengths:
         raise source.unknown(f"{kernel.name}: no load of cu_seqlen_ptr at {batch[0]}")
-    early = _returns_past_the_end(kernel, values, batch[0])
+    early = _returns_past_the_end(source, kernel, values)
     if early is not None:
         note = f"{kernel.name}: returns past cu_seqlen's last entry"
         return _triton_site(Finding.PRESENT, source, early, note)
@@ -171,26 +176,31 @@ def _loads_from(node: ast.expr, pointer: str) -> bool:
     return any(call.args and pointer in names_in(call.args[0]) for call in calls_in(node, "load"))
 
 
-def _returns_past_the_end(kernel: ast.FunctionDef, values: dict[str, ast.expr], batch: str) -> int | None:
+def _returns_past_the_end(source: Source, kernel: ast.FunctionDef, values: dict[str, ast.expr]) -> int | None:
     """Line of ``if tid >= tl.load(cu_seqlen_ptr + batch_size): return`` before token_to_seq is used."""
+    parameters = {argument.arg for argument in kernel.args.args}
     for statement, conditions in statements(kernel.body):
         if isinstance(statement, ast.Assign) and _loads_from(statement.value, "token_to_seq_ptr"):
             return None
         if not isinstance(statement, ast.If) or conditions or not leaves(statement.body):
             continue
-        test = inlined(statement.test, values, frozenset({batch, "tid"}))
-        if isinstance(test, ast.Compare) and len(test.ops) == 1:
-            low, high = test.left, test.comparators[0]
-            if isinstance(test.ops[0], ast.LtE):
-                low, high = high, low
-            if isinstance(test.ops[0], ast.GtE | ast.LtE) and _is_row_against_end(low, high, batch):
-                return statement.lineno
+        test = ast.unparse(inlined(statement.test, values, frozenset({"tid"})))
+        end = r"tl\.load\(cu_seqlen_ptr \+ (\w+)\)"
+        match = re.fullmatch(rf"tid >= {end}|{end} <= tid", test)
+        index = (match[1] or match[2]) if match else None
+        if index in parameters:
+            _need_number_of_sequences(source, kernel, str(index))
+            return statement.lineno
     return None
 
 
-def _is_row_against_end(row: ast.expr, end: ast.expr, batch: str) -> bool:
-    at_the_end = _loads_from(end, "cu_seqlen_ptr") and batch not in names_in(end)
-    return "tid" in names_in(row) and at_the_end
+def _need_number_of_sequences(source: Source, kernel: ast.FunctionDef, name: str) -> None:
+    wrapper = source.need_function(_TRITON_WRAPPER)
+    given = ast.unparse(launch_argument(source, kernel, wrapper, name))
+    if not re.fullmatch(
+        r"cu_seqlen\.(shape\[0\]|size\(0\)|numel\(\)) - 1|block_table\.(shape\[0\]|size\(0\))", given
+    ):
+        raise source.unknown(f"{kernel.name}: whether {name}, {given}, is the number of sequences")
 
 
 def _bounds_batch(call: ast.Call, values: dict[str, ast.expr], batch: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from .base import Finding, ReadFile, Site
@@ -15,6 +16,7 @@ PATHS = (INDEXER,)
 
 _BUILDER = "DeepseekV32IndexerMetadataBuilder"
 _BUFFER = "decode_seq_lens_buffer"
+_COPYING = ("contiguous", "clone", "empty_like", "zeros_like", "empty", "zeros", "new_empty", "new_zeros")
 _BOUNDING = ("clamp", "clamp_", "clamp_min", "clamp_min_", "maximum", "relu", "relu_", "where")
 
 
@@ -72,22 +74,48 @@ def _buffer_slices(prepare: ast.FunctionDef) -> Iterator[ast.Subscript]:
 
 
 def _contiguous(source: Source, sizes: list[ast.expr], prepare: ast.FunctionDef) -> Site:
-    if calls_in(prepare, "contiguous"):
-        raise source.unknown("contiguous() on the lengths: a copy, whose address CUDA graphs do not know")
+    for name in _COPYING:
+        if calls_in(prepare, name):
+            raise source.unknown(
+                f"{name}() beside the lengths: CUDA graphs do not know the address of a copy"
+            )
     two_dimensional = [node for node in _buffer_slices(prepare) if isinstance(node.slice, ast.Tuple)]
     if two_dimensional:
         read = [node for node in two_dimensional if isinstance(node.ctx, ast.Load)] or two_dimensional
         note = "a column slice of a 2-D buffer is handed out"
         return _site("contiguous", Finding.MISSING, read[0].lineno, note)
-    views = [
-        call
-        for name in ("view", "reshape", "unflatten")
-        for call in calls_in(prepare, name)
-        if any(_is_buffer(node) for node in ast.walk(call.func))
-    ]
-    if not views or any(_dimensions(shape) != 1 for shape in sizes):
+    view = _flat_view(prepare)
+    if view is None or any(_dimensions(shape) != 1 for shape in sizes):
         raise source.unknown(f"neither a flat {_BUFFER} that is viewed nor a 2-D one that is sliced")
-    return _site("contiguous", Finding.PRESENT, views[0].lineno, "a view of the flat buffer")
+    if not _written_and_handed_out(prepare, view.targets[0]):
+        raise source.unknown(
+            f"whether the view at line {view.lineno} gets the lengths and is what is returned"
+        )
+    return _site("contiguous", Finding.PRESENT, view.lineno, "a view of the flat buffer")
+
+
+def _flat_view(prepare: ast.FunctionDef) -> ast.Assign | None:
+    """``x = buffer[: rows * columns].view(rows, columns)``."""
+    for statement, _ in statements(prepare.body):
+        if not isinstance(statement, ast.Assign):
+            continue
+        text = ast.unparse(statement.value)
+        if re.fullmatch(rf"self\.{_BUFFER}\[:(\w+) \* (\w+)\]\.(view|reshape)\(\(?\1, \2\)?\)", text):
+            return statement
+    return None
+
+
+def _written_and_handed_out(prepare: ast.FunctionDef, view: ast.expr) -> bool:
+    name = ast.unparse(view)
+    written = handed_out = False
+    for statement, _ in statements(prepare.body):
+        if isinstance(statement, ast.Assign):
+            into = ast.unparse(statement.targets[0]) in (f"{name}[:]", f"{name}[...]")
+            written |= into and bool(calls_in(statement.value, "unsqueeze"))
+            handed_out |= ast.unparse(statement.value) == name
+        elif isinstance(statement, ast.Return) and statement.value is not None:
+            handed_out |= name in names_in(statement.value)
+    return written and handed_out
 
 
 def _size(source: Source, sizes: list[ast.expr]) -> Site:

@@ -128,9 +128,18 @@ def _hook(read: ReadFile, worker: Source) -> Site:
     if any("fp8" in test or "quantized" in test for test in tests):
         note = f"{_HOOK} is called for a quantized cache only"
         return Site(FIX, PARTS[0], Finding.MISSING, WORKER, calls[0].lineno, note)
+    if not all(any(half in test for test in tests) for half in ("tags is None or", "'kv_cache' in tags")):
+        raise worker.unknown(f"for which tags {_HOOK} is called at line {calls[0].lineno}")
+    mapped = [call.lineno for name in ("wake_up", "resume") for call in calls_in(wake_up, name)]
+    if not mapped or calls[0].lineno < min(mapped):
+        raise worker.unknown(f"whether the memory is mapped again when {_HOOK} is called")
     lacking = [path for path in RUNNERS if f"def {_HOOK}(" not in open_source(read, path).text]
     if lacking:
         note = f"no {_HOOK} in {', '.join(lacking)}"
+        return Site(FIX, PARTS[0], Finding.MISSING, WORKER, calls[0].lineno, note)
+    old = open_source(read, RUNNERS[1]).need_function(_HOOK)
+    if not calls_in(old, "init_fp8_kv_scales"):
+        note = f"{_HOOK} of {RUNNERS[1]} leaves the FP8 scales as they are"
         return Site(FIX, PARTS[0], Finding.MISSING, WORKER, calls[0].lineno, note)
     note = f"wake_up calls {_HOOK} for every cache"
     return Site(FIX, PARTS[0], Finding.PRESENT, WORKER, calls[0].lineno, note)

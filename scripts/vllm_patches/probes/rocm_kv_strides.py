@@ -7,7 +7,18 @@ import re
 from collections.abc import Sequence
 
 from .base import Finding, ReadFile, Site
-from .source import Source, assigned_once, calls_in, factors, inlined, leaves, names_in, open_source, terms
+from .source import (
+    Source,
+    assigned_once,
+    calls_in,
+    factors,
+    inlined,
+    launch_argument,
+    leaves,
+    names_in,
+    open_source,
+    terms,
+)
 
 FIX = "0004"
 PARTS = ("nhd-gather", "shuffle-gather", "shuffle-write")
@@ -16,6 +27,7 @@ PATHS = (BACKEND,)
 
 _GATHER = ("cp_mha_gather_cache_kernel", "cp_mha_gather_cache")
 _WRITER = ("reshape_and_cache_shuffle_kernel", "reshape_and_cache_shuffle_triton")
+_INDICES = ("block_id", "slot_id", "head_id")
 _CACHES = {"key": "key_cache_ptr", "value": "value_cache_ptr"}
 _SHAPE_NAMES = {"num_heads", "num_kv_heads", "head_size", "PAGE_SIZE", "block_size"}
 
@@ -50,76 +62,68 @@ def _branch(source: Source, kernel: ast.FunctionDef, layout: str) -> list[ast.st
 def _judge(source: Source, part: str, names: tuple[str, str], body: Sequence[ast.stmt]) -> Site:
     """PRESENT if K's and V's blocks are addressed by strides that the wrapper takes from the tensors."""
     kernel, wrapper = (source.need_function(name) for name in names)
+    if any(calls_in(wrapper, copying) for copying in ("contiguous", "clone", "reshape")):
+        raise source.unknown(f"{wrapper.name}: it copies, or may copy, what it hands to the kernel")
     hard_coded: list[ast.expr] = []
     strided: list[ast.expr] = []
-    for side, pointer in _CACHES.items():
-        term = _block_term(source, kernel, body, pointer)
-        others = [factor for factor in factors(term) if "block_id" not in names_in(factor)]
-        if others and all(isinstance(other, ast.Name) and other.id in _SHAPE_NAMES for other in others):
-            hard_coded.append(term)
-        elif len(others) == 1 and isinstance(others[0], ast.Name):
-            _need_stride(source, kernel, wrapper, others[0].id, side)
-            strided.append(term)
-        else:
-            raise source.unknown(f"{kernel.name}: the block offset {ast.unparse(term)} of {pointer}")
+    # Inside a block only the NHD cache is addressed by strides: a SHUFFLE block is a dense tile of its own.
+    for dimension, index in enumerate(_INDICES if part == "nhd-gather" else _INDICES[:1]):
+        for side, pointer in _CACHES.items():
+            term = _term_of(source, kernel, body, pointer, index)
+            others = [factor for factor in factors(term) if index not in names_in(factor)]
+            if others and all(isinstance(other, ast.Name) and other.id in _SHAPE_NAMES for other in others):
+                hard_coded.append(term)
+            elif len(others) == 1 and isinstance(others[0], ast.Name):
+                _need_stride(source, kernel, wrapper, others[0].id, side, dimension)
+                strided.append(term)
+            else:
+                raise source.unknown(f"{kernel.name}: the offset {ast.unparse(term)} at {pointer}")
     if not hard_coded:
-        note = "block strides of K and V from the tensors"
+        note = "strides of K and V from the tensors"
         return Site(FIX, part, Finding.PRESENT, BACKEND, strided[0].lineno, note)
-    note = f"block offset rebuilt from the shape: {ast.unparse(hard_coded[0])}"
+    note = f"offset rebuilt from the shape: {ast.unparse(hard_coded[0])}"
     return Site(FIX, part, Finding.MISSING, BACKEND, hard_coded[0].lineno, note)
 
 
-def _block_term(source: Source, kernel: ast.FunctionDef, body: Sequence[ast.stmt], pointer: str) -> ast.expr:
-    """The term with block_id in the address that is loaded from or stored to at *pointer*."""
+def _term_of(
+    source: Source, kernel: ast.FunctionDef, body: Sequence[ast.stmt], pointer: str, index: str
+) -> ast.expr:
+    """The term with *index* in the address that is loaded from or stored to at *pointer*."""
     values = assigned_once(body)
     for statement in body:
         for call in calls_in(statement, "load") + calls_in(statement, "store"):
-            address = inlined(call.args[0], values, frozenset({"block_id"}))
+            address = inlined(call.args[0], values, frozenset(_INDICES))
             if pointer not in names_in(address):
                 continue
-            found = [term for term in terms(address) if "block_id" in names_in(term)]
+            found = [term for term in terms(address) if index in names_in(term)]
             if len(found) == 1:
                 return found[0]
-    raise source.unknown(f"{kernel.name}: one term with block_id in the address at {pointer}")
+    raise source.unknown(f"{kernel.name}: one term with {index} in the address at {pointer}")
 
 
 def _need_stride(
-    source: Source, kernel: ast.FunctionDef, wrapper: ast.FunctionDef, name: str, side: str
+    source: Source, kernel: ast.FunctionDef, wrapper: ast.FunctionDef, name: str, side: str, dimension: int
 ) -> None:
-    argument = _launch_argument(source, kernel, wrapper, name)
+    argument = launch_argument(source, kernel, wrapper, name)
     value = inlined(argument, assigned_once(wrapper.body), frozenset({"key_cache", "value_cache"}))
-    tensor = _tensor_of_block_stride(value)
-    if tensor is None or side not in tensor or "cache" not in tensor:
-        raise source.unknown(f"{kernel.name}: no {side} block stride: {name} is {ast.unparse(argument)}")
+    if _tensor_of_stride(value, dimension) != f"{side}_cache":
+        given = f"{name} is {ast.unparse(argument)}"
+        raise source.unknown(f"{kernel.name}: no stride {dimension} of {side}_cache: {given}")
 
 
-def _launch_argument(
-    source: Source, kernel: ast.FunctionDef, wrapper: ast.FunctionDef, name: str
-) -> ast.expr:
-    parameters = [argument.arg for argument in kernel.args.args]
-    for node in ast.walk(wrapper):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)):
-            continue
-        if ast.unparse(node.func.value) != kernel.name or name not in parameters:
-            continue
-        position = parameters.index(name)
-        if position < len(node.args):
-            return node.args[position]
-        for keyword in node.keywords:
-            if keyword.arg == name:
-                return keyword.value
-    raise source.unknown(f"{wrapper.name}: the argument {name} of the launch of {kernel.name}")
-
-
-def _tensor_of_block_stride(value: ast.expr) -> str | None:
-    """``t`` for ``t.stride(0)`` and ``t.stride()[0]``."""
-    zero = "0"
-    if isinstance(value, ast.Subscript) and ast.unparse(value.slice) == zero:
-        value, zero = value.value, ""
+def _tensor_of_stride(value: ast.expr, dimension: int) -> str | None:
+    """``t`` for ``t.stride(d)``, ``t.stride()[d]`` and ``t.view_as(u).stride(d)``, else None."""
+    wanted = str(dimension)
+    if isinstance(value, ast.Subscript) and ast.unparse(value.slice) == wanted:
+        value, wanted = value.value, ""
     if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute)):
         return None
     given = ", ".join(ast.unparse(argument) for argument in value.args)
-    return ast.unparse(value.func.value) if value.func.attr == "stride" and given == zero else None
+    tensor = value.func.value if value.func.attr == "stride" and given == wanted else None
+    while isinstance(tensor, ast.Call) and isinstance(tensor.func, ast.Attribute):
+        # Only a view has the strides that the cache itself has.
+        tensor = tensor.func.value if tensor.func.attr in ("view", "view_as") else None
+    return tensor.id if isinstance(tensor, ast.Name) else None
 
 
 def _packed_split(source: Source) -> int | None:

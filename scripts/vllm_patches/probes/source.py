@@ -208,6 +208,22 @@ def keyword_of(call: ast.Call, name: str) -> ast.expr | None:
     return None
 
 
+def launch_argument(source: Source, kernel: ast.FunctionDef, wrapper: ast.FunctionDef, name: str) -> ast.expr:
+    """What *wrapper* gives *kernel* for its parameter *name* in ``kernel[grid](...)``."""
+    position = [argument.arg for argument in kernel.args.args].index(name)
+    for node in ast.walk(wrapper):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)):
+            continue
+        if ast.unparse(node.func.value) != kernel.name:
+            continue
+        given = keyword_of(node, name)
+        if given is None and not any(isinstance(argument, ast.Starred) for argument in node.args):
+            given = node.args[position] if position < len(node.args) else None
+        if given is not None:
+            return given
+    raise source.unknown(f"{wrapper.name}: the argument {name} of the launch of {kernel.name}")
+
+
 def blank_comments(text: str) -> str:
     """C++ text with its comments blanked out, all offsets and lines kept."""
     return re.sub(
