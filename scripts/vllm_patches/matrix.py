@@ -23,7 +23,7 @@ _CELL = {
 
 def render_matrix(catalog: Catalog) -> str:
     """The matrix as a Markdown table, newest release first."""
-    head = ["release", "date", *(f"{fix.id} {fix.title}" for fix in catalog.fixes.values())]
+    head = ["release", "date", *(f"{fix.id} {fix.slug}" for fix in catalog.fixes.values())]
     rows = [head, ["---"] * len(head)]
     rows += [_row(release) for release in reversed(catalog.releases.values())]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

@@ -16,7 +16,7 @@ from vllm_patches.outcome import Say
 from vllm_patches.sdist import open_sdist, pick
 from vllm_patches.store import FindSdist
 from vllm_patches.treecheck import PatchFit, fit_series
-from vllm_patches.watch import probe_sdist, propose, provisional
+from vllm_patches.watch import propose, provisional
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def new_pin(catalog: Catalog, version: str, find_sdist: FindSdist, build: Path, 
     release = replace(release, size=sdist.stat().st_size)
     nearest = min(catalog.pins, key=lambda pin: _distance(pin.version, version))
     neighbour = min(catalog.releases.values(), key=lambda known: _distance(known.version, version))
-    release = replace(release, states=propose(release, probe_sdist(release, sdist), neighbour))
+    release = replace(release, states=propose(release, sdist, neighbour))
     series = catalog.series_of(nearest)
     files = pick(open_sdist(sdist, release), series.paths, release)
     fits = fit_series(series, {path: split_lines(data) for path, data in files.items()})

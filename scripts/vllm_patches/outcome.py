@@ -25,7 +25,7 @@ class FixRow:
     """One line of the table of five: *result* is what became of the fix, *reason* why."""
 
     fix: str
-    title: str
+    name: str
     result: str
     reason: str
 
@@ -50,5 +50,5 @@ def fix_rows(release: Release, fixes: dict[str, Fix], already_in: tuple[str, ...
         result = "already in" if fix_id in already_in else disposition.value
         note = f"; {state.note}" if state.note else ""
         was = "was " if disposition is Disposition.APPLIED else ""
-        rows.append(FixRow(fix_id, fix.title, result, f"{was}{state.state.value} ({state.evidence}){note}"))
+        rows.append(FixRow(fix_id, fix.slug, result, f"{was}{state.state.value} ({state.evidence}){note}"))
     return tuple(rows)

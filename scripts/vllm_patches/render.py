@@ -30,9 +30,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def applied_text(result: Applied) -> str:
     """The table of five, and where the tree and its HEAD are."""
     lines = [f"vLLM {result.release}: {result.outcome.value}"]
-    lines.append(
-        table([("fix", "title", "result", "why"), *((r.fix, r.title, r.result, r.reason) for r in result.rows)])
-    )
+    lines.append(table([("fix", "name", "result", "why"), *((r.fix, r.name, r.result, r.reason) for r in result.rows)]))
     if result.tree:
         lines.append(f"tree: {result.tree}")
         lines.append(f"HEAD: {result.head}")

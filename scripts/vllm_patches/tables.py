@@ -10,10 +10,20 @@ from vllm_patches.errors import PatchesError
 from vllm_patches.model import FIX_IDS, Fix, FixState, Release, State
 
 HEADER = """\
-# Every upstream release from 0.16.0 on: its sdist, and what its own code does about each of the five defects.
-# state: live (the engine reaches it), latent (unsafe, no caller), fixed, absent (code not there), broken (dead for
-# another reason). evidence: file:line in that release's sdist. head: the commit `apply` ends in; blobs: the pristine
-# git blob ids of the files that the series touches. `make record` writes head and blobs; states are written by hand.
+# Every vLLM release from 0.16.0 on, oldest first, and the state of each of the five defects in it.
+#
+# date      upload date of the sdist; for 0.24.0, 0.25.0, 0.27.0 and 0.30.0 to 0.32.0 the date of its newest file
+# series    the directory here whose patches are exact for the release; no such line, no series
+# head      the commit that `apply` ends in; like [release.blobs] written by `make record`, never by hand
+# state     live     the engine of the release reaches the defect
+#           latent   the code is unsafe, nothing in the release triggers it
+#           broken   dead for another reason, which the fix cannot mend
+#           fixed    every part of the fix is in the code
+#           absent   the code that the defect needs is not there
+#           It is the worst state of the fix's parts (fixes.toml), in the order of the lines above.
+# evidence  the line of the release's source that decides it
+# note      the parts that differ; "by reading" marks what was concluded from the code and not run
+# blobs     the pristine git blob ids of the files that the series touches
 """
 
 

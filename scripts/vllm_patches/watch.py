@@ -14,11 +14,9 @@ from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
 from vllm_patches.index import Offer, list_offers, version_key
 from vllm_patches.model import FIX_IDS, FixState, Release, State
-from vllm_patches.probes import PATHS, Finding, Site, agrees, probe
+from vllm_patches.probes import PATHS, PROBES, Finding, ProbeError, ReadFile, Site, agrees
 from vllm_patches.sdist import open_sdist, pick
 from vllm_patches.store import FindSdist
-
-_THERE = (Finding.PRESENT, Finding.ELSEWISE)
 
 
 @dataclass(frozen=True)
@@ -86,28 +84,31 @@ def provisional(version: str, offers: dict[str, Offer]) -> Release:
 
 
 def look_at(catalog: Catalog, release: Release, sdist: Path) -> ReleaseWatch:
-    """Probe the code of one release's sdist."""
-    sites = probe_sdist(release, sdist)
-    fixes = []
-    for fix_id in FIX_IDS:
-        mine = tuple(site for site in sites if site.fix == fix_id)
-        recorded = release.states.get(fix_id)
-        wrong = agrees(recorded.state.value, mine) if recorded else None
-        fixes.append(FixWatch(fix_id, verdict(mine), mine, recorded.state.value if recorded else "", wrong or ""))
-    return ReleaseWatch(release.version, release.version in catalog.releases, tuple(fixes))
+    """Probe the code of one release's sdist; code that a probe does not know is said to be, and is never agreement."""
+    read = _reader(release, sdist)
+    fixes = tuple(_look(fix_id, release.states.get(fix_id), read) for fix_id in FIX_IDS)
+    return ReleaseWatch(release.version, release.version in catalog.releases, fixes)
 
 
-def probe_sdist(release: Release, sdist: Path) -> tuple[Site, ...]:
-    """The findings of all probes on the files of an sdist."""
+def _look(fix_id: str, recorded: FixState | None, read: ReadFile) -> FixWatch:
+    known = recorded.state.value if recorded else ""
+    try:
+        sites = PROBES[fix_id](read)
+    except ProbeError as error:
+        return FixWatch(fix_id, "unknown: the code has a form that no probe knows", (), known, str(error))
+    return FixWatch(fix_id, verdict(sites), sites, known, (agrees(known, sites) if known else None) or "")
+
+
+def _reader(release: Release, sdist: Path) -> ReadFile:
     files = pick(open_sdist(sdist, release), PATHS, release)
-    return probe(lambda path: files[path].decode("utf-8") if path in files else None)
+    return lambda path: files[path].decode("utf-8") if path in files else None
 
 
 def verdict(sites: Iterable[Site]) -> str:
     """What upstream has of one fix: whole, whole in another way, in part (which), nothing, or no such code."""
     all_sites = list(sites)
     code = [site for site in all_sites if site.finding is not Finding.GONE]
-    there = [site for site in code if site.finding in _THERE]
+    there = [site for site in code if site.finding.fixed]
     if not code:
         return "absent: the code is not there"
     if len(there) == len(code):
@@ -117,20 +118,24 @@ def verdict(sites: Iterable[Site]) -> str:
     return f"fixed but for {missing}" if there else f"not fixed: {missing}"
 
 
-def propose(release: Release, sites: Iterable[Site], nearest: Release) -> dict[str, FixState]:
-    """States for a release that nobody has judged: by code alone, and as in *nearest* where the code is defective."""
-    states: dict[str, FixState] = {}
-    for fix_id in FIX_IDS:
-        state: State
-        mine = [site for site in sites if site.fix == fix_id]
-        wrong = [s for s in mine if s.finding not in _THERE and s.finding is not Finding.GONE]
-        there = [s for s in mine if s.finding in _THERE]
-        if wrong:
-            before = nearest.states[fix_id].state
-            state = State.LIVE if before in (State.FIXED, State.ABSENT) else before
-        else:
-            state = State.FIXED if there else State.ABSENT
-        deciding = (wrong or there or mine)[0]
-        evidence = f"{deciding.path}:{deciding.line}" if deciding.line else deciding.path
-        states[fix_id] = FixState(state, evidence, f"proposed by watch: {verdict(mine)}")
-    return states
+def propose(release: Release, sdist: Path, nearest: Release) -> dict[str, FixState]:
+    """States for a release that nobody has judged: by its code alone, and as in *nearest* where that is defective."""
+    read = _reader(release, sdist)
+    return {fix_id: _propose(fix_id, read, nearest) for fix_id in FIX_IDS}
+
+
+def _propose(fix_id: str, read: ReadFile, nearest: Release) -> FixState:
+    before = nearest.states[fix_id]
+    try:
+        sites = PROBES[fix_id](read)
+    except ProbeError as error:
+        return FixState(State.LIVE, before.evidence, f"proposed blindly, look yourself: {error}")
+    wrong = [site for site in sites if not site.finding.fixed and site.finding is not Finding.GONE]
+    there = [site for site in sites if site.finding.fixed]
+    deciding = (wrong or there or list(sites))[0]
+    evidence = f"{deciding.path}:{deciding.line}" if deciding.line else deciding.path
+    note = f"proposed by watch: {verdict(sites)}"
+    if not wrong:
+        return FixState(State.FIXED if there else State.ABSENT, evidence, note)
+    unjudged = before.state in (State.FIXED, State.ABSENT)
+    return FixState(State.LIVE if unjudged else before.state, evidence, note)

@@ -27,9 +27,7 @@ __all__ = [
 _MODULES = (dsa_mtp_ima, gdn_null_block_guard, mla_flat_buffer, rocm_kv_strides, mrv2_wake_up)
 
 # One probe per fix: a caller that wants the other fixes in spite of a ProbeError calls these one by one.
-PROBES: Mapping[str, Callable[[ReadFile], tuple[Site, ...]]] = {
-    module.FIX: module.probe for module in _MODULES
-}
+PROBES: Mapping[str, Callable[[ReadFile], tuple[Site, ...]]] = {module.FIX: module.probe for module in _MODULES}
 PARTS: Mapping[str, tuple[str, ...]] = {module.FIX: module.PARTS for module in _MODULES}
 PATHS: tuple[str, ...] = tuple(dict.fromkeys(path for module in _MODULES for path in module.PATHS))
 

@@ -21,6 +21,7 @@ class Finding(enum.Enum):
 
     @property
     def fixed(self) -> bool:
+        """True where the code is sound, in our way or another."""
         return self in (Finding.PRESENT, Finding.ELSEWISE)
 
 

@@ -33,6 +33,7 @@ _TRITON_KERNEL = re.compile(r"^def (_cp_gather_indexer_quant_cache\w*kernel)\b",
 
 
 def probe(read: ReadFile) -> tuple[Site, ...]:
+    """The gather kernels of 0001: CUDA and Triton."""
     return (_cuda(open_source(read, *CUDA)), _triton(open_source(read, TRITON)))
 
 
@@ -150,8 +151,7 @@ def _triton_kernel(source: Source, kernel: ast.FunctionDef) -> Site:
     lengths = [
         call
         for call in calls_in(kernel, "load")
-        if _loads_from(call, "cu_seqlen_ptr")
-        and batch[0] in names_in(inlined(call.args[0], values, frozenset(batch)))
+        if _loads_from(call, "cu_seqlen_ptr") and batch[0] in names_in(inlined(call.args[0], values, frozenset(batch)))
     ]
     if not lengths:
         raise source.unknown(f"{kernel.name}: no load of cu_seqlen_ptr at {batch[0]}")
@@ -197,9 +197,7 @@ def _returns_past_the_end(source: Source, kernel: ast.FunctionDef, values: dict[
 def _need_number_of_sequences(source: Source, kernel: ast.FunctionDef, name: str) -> None:
     wrapper = source.need_function(_TRITON_WRAPPER)
     given = ast.unparse(launch_argument(source, kernel, wrapper, name))
-    if not re.fullmatch(
-        r"cu_seqlen\.(shape\[0\]|size\(0\)|numel\(\)) - 1|block_table\.(shape\[0\]|size\(0\))", given
-    ):
+    if not re.fullmatch(r"cu_seqlen\.(shape\[0\]|size\(0\)|numel\(\)) - 1|block_table\.(shape\[0\]|size\(0\))", given):
         raise source.unknown(f"{kernel.name}: whether {name}, {given}, is the number of sequences")
 
 

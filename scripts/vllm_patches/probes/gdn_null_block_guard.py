@@ -83,6 +83,7 @@ class _Kernel:
 
 
 def probe(read: ReadFile) -> tuple[Site, ...]:
+    """The guards of 0002, one site each."""
     recurrent = open_source(read, *RECURRENT)
     kernel = _Kernel.read(recurrent, recurrent.need_function("fused_recurrent_gated_delta_rule_fwd_kernel"))
     return (

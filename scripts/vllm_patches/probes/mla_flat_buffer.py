@@ -21,6 +21,7 @@ _BOUNDING = ("clamp", "clamp_", "clamp_min", "clamp_min_", "maximum", "relu", "r
 
 
 def probe(read: ReadFile) -> tuple[Site, ...]:
+    """The buffer and the clamps of 0003."""
     source = open_source(read, INDEXER)
     if _BUFFER not in source.text:
         # Up to 0.19.1 the lengths stay one-dimensional and the kernels take the offsets themselves.
@@ -76,9 +77,7 @@ def _buffer_slices(prepare: ast.FunctionDef) -> Iterator[ast.Subscript]:
 def _contiguous(source: Source, sizes: list[ast.expr], prepare: ast.FunctionDef) -> Site:
     for name in _COPYING:
         if calls_in(prepare, name):
-            raise source.unknown(
-                f"{name}() beside the lengths: CUDA graphs do not know the address of a copy"
-            )
+            raise source.unknown(f"{name}() beside the lengths: CUDA graphs do not know the address of a copy")
     two_dimensional = [node for node in _buffer_slices(prepare) if isinstance(node.slice, ast.Tuple)]
     if two_dimensional:
         read = [node for node in two_dimensional if isinstance(node.ctx, ast.Load)] or two_dimensional
@@ -88,9 +87,7 @@ def _contiguous(source: Source, sizes: list[ast.expr], prepare: ast.FunctionDef)
     if view is None or any(_dimensions(shape) != 1 for shape in sizes):
         raise source.unknown(f"neither a flat {_BUFFER} that is viewed nor a 2-D one that is sliced")
     if not _written_and_handed_out(prepare, view.targets[0]):
-        raise source.unknown(
-            f"whether the view at line {view.lineno} gets the lengths and is what is returned"
-        )
+        raise source.unknown(f"whether the view at line {view.lineno} gets the lengths and is what is returned")
     return _site("contiguous", Finding.PRESENT, view.lineno, "a view of the flat buffer")
 
 
@@ -153,9 +150,7 @@ def _clamp_native(source: Source, prepare: ast.FunctionDef) -> Site:
             target = ast.unparse(statement.targets[0]).split("[")[0]
             clamped = _is_clamped(statement.value) or _clamped_later(prepare, target, statement.lineno)
             if not clamped and any(calls_in(prepare, name) for name in _BOUNDING):
-                raise source.unknown(
-                    f"the native lengths at line {statement.lineno} may be bounded elsewhere"
-                )
+                raise source.unknown(f"the native lengths at line {statement.lineno} may be bounded elsewhere")
             finding = Finding.PRESENT if clamped else Finding.MISSING
             note = "clamped at 0" if clamped else "the lengths are below 0 for a padded row"
             return _site("clamp-native", finding, statement.lineno, note)

@@ -36,6 +36,7 @@ _READERS = ("compute_slot_mappings", "gather_block_tables")  # their kernels rea
 
 
 def probe(read: ReadFile) -> tuple[Site, ...]:
+    """The hook and the refreshed tensors of 0005."""
     worker = open_source(read, WORKER)
     allocation, tags = _allocation(worker)
     if _POOL not in tags:
@@ -80,9 +81,7 @@ def _what_keeps_the_rest(read: ReadFile, worker: Source, tags: tuple[str, ...]) 
     """Why everything but the cache survives a sleep: out of the pools, or in one that is saved."""
     runner = open_source(read, RUNNERS[0])
     if not all("kv_cache_allocation_context" in source.text for source in (worker, runner)):
-        raise worker.unknown(
-            "initialize_kv_cache runs outside the KV cache's pool and is not handed it either"
-        )
+        raise worker.unknown("initialize_kv_cache runs outside the KV cache's pool and is not handed it either")
     if not tags:
         return "only the cache itself is allocated in the pool that a sleep discards"
     backend = open_source(read, SLEEP_BACKEND)
@@ -214,9 +213,7 @@ def _methods_called(method: ast.FunctionDef, owner: str = "self") -> list[str]:
     return [
         call.func.attr
         for call in ast.walk(method)
-        if isinstance(call, ast.Call)
-        and isinstance(call.func, ast.Attribute)
-        and ast.unparse(call.func.value) == owner
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == owner
     ]
 
 
@@ -239,9 +236,7 @@ def _captured_reader(read: ReadFile) -> str | None:
 def _captured_in(source: Source) -> int | None:
     if not any(reader in source.text for reader in _READERS):
         return None
-    methods = {
-        node.name: node for node in ast.walk(ast.parse(source.text)) if isinstance(node, ast.FunctionDef)
-    }
+    methods = {node.name: node for node in ast.walk(ast.parse(source.text)) if isinstance(node, ast.FunctionDef)}
     todo = [name for method in methods.values() for name in _captured_methods(method)]
     if not todo:
         raise source.unknown("nothing is captured here, though it computes slot mappings")

@@ -33,6 +33,7 @@ _SHAPE_NAMES = {"num_heads", "num_kv_heads", "head_size", "PAGE_SIZE", "block_si
 
 
 def probe(read: ReadFile) -> tuple[Site, ...]:
+    """The gathers and the writer of 0004."""
     source = open_source(read, BACKEND)
     gather = source.need_function(_GATHER[0])
     sites = (
@@ -85,9 +86,7 @@ def _judge(source: Source, part: str, names: tuple[str, str], body: Sequence[ast
     return Site(FIX, part, Finding.MISSING, BACKEND, hard_coded[0].lineno, note)
 
 
-def _term_of(
-    source: Source, kernel: ast.FunctionDef, body: Sequence[ast.stmt], pointer: str, index: str
-) -> ast.expr:
+def _term_of(source: Source, kernel: ast.FunctionDef, body: Sequence[ast.stmt], pointer: str, index: str) -> ast.expr:
     """The term with *index* in the address that is loaded from or stored to at *pointer*."""
     values = assigned_once(body)
     for statement in body:

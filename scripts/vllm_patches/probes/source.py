@@ -24,9 +24,11 @@ class Source:
     _parsed: dict[tuple[int, int], ast.FunctionDef] = field(default_factory=dict, compare=False, repr=False)
 
     def unknown(self, wanted: str) -> ProbeError:
+        """The error for code of a form that no probe knows."""
         return ProbeError(self.path, wanted)
 
     def line_at(self, offset: int) -> int:
+        """The line, from 1, of a character offset."""
         return self.text.count("\n", 0, offset) + 1
 
     def function(self, name: str, *, within: str | None = None) -> ast.FunctionDef | None:
@@ -41,6 +43,7 @@ class Source:
         return None if found is None else self._parse(*found)
 
     def need_function(self, name: str, *, within: str | None = None) -> ast.FunctionDef:
+        """The named function; its absence is a `ProbeError`."""
         function = self.function(name, within=within)
         if function is None:
             where = f" of class {within}" if within else ""
@@ -122,6 +125,7 @@ def statements(
 
 
 def leaves(body: Sequence[ast.stmt]) -> bool:
+    """True where the block ends by leaving the function or loop."""
     return bool(body) and isinstance(body[-1], ast.Return | ast.Continue | ast.Raise)
 
 
@@ -172,6 +176,7 @@ def _inlined_field(value: object, values: dict[str, ast.expr], stop: frozenset[s
 
 
 def names_in(node: ast.AST) -> set[str]:
+    """Every name used below *node*."""
     return {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
 
 
@@ -180,9 +185,7 @@ def calls_in(node: ast.AST, attribute: str) -> list[ast.Call]:
     found = [
         child
         for child in ast.walk(node)
-        if isinstance(child, ast.Call)
-        and isinstance(child.func, ast.Attribute)
-        and child.func.attr == attribute
+        if isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr == attribute
     ]
     return sorted(found, key=lambda call: (call.lineno, call.col_offset))
 
@@ -202,6 +205,7 @@ def terms(node: ast.expr) -> list[ast.expr]:
 
 
 def keyword_of(call: ast.Call, name: str) -> ast.expr | None:
+    """The value of a keyword argument, or None."""
     for keyword in call.keywords:
         if keyword.arg == name:
             return keyword.value

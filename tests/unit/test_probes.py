@@ -509,9 +509,7 @@ def test_a_two_dimensional_buffer_has_no_size_of_its_own() -> None:
         "max(config.max_num_batched_tokens, config.max_num_seqs * next_n)",
         "(config.max_num_seqs, next_n)",
     )
-    tree = changed(
-        INDEXER, "[\n            : num_decodes * max_decode_len\n        ].view(", "[:n, :m]; zip(", tree
-    )
+    tree = changed(INDEXER, "[\n            : num_decodes * max_decode_len\n        ].view(", "[:n, :m]; zip(", tree)
     assert site_of("buffer-size", tree).finding is Finding.MISSING
 
 
@@ -571,9 +569,7 @@ def test_a_pool_for_the_cache_alone_is_another_fix(worker: str) -> None:
     assert all("initialize_kv_cache" in worker.splitlines()[site.line - 1] for site in sites)
 
 
-EARLY_AND_LOADS = (
-    EARLY + "    seq = tl.load(token_to_seq_ptr + tid)\n    start = tl.load(cu_seqlen_ptr + seq)"
-)
+EARLY_AND_LOADS = EARLY + "    seq = tl.load(token_to_seq_ptr + tid)\n    start = tl.load(cu_seqlen_ptr + seq)"
 HALF_MASKED = """\
     seq = tl.load(token_to_seq_ptr + tid)
     start = tl.load(cu_seqlen_ptr + seq, mask=seq < batch_size)"""
@@ -631,9 +627,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("fix", "path", "find", "replace", "wanted"), UNKNOWN)
-def test_an_unknown_form_is_an_error_and_no_guess(
-    fix: str, path: str, find: str, replace: str, wanted: str
-) -> None:
+def test_an_unknown_form_is_an_error_and_no_guess(fix: str, path: str, find: str, replace: str, wanted: str) -> None:
     with pytest.raises(ProbeError) as caught:
         probes.PROBES[fix](reader(changed(path, find, replace)))
     assert caught.value.path == path
