@@ -96,11 +96,22 @@ def _look(fix_id: str, recorded: FixState | None, read: ReadFile) -> FixWatch:
         sites = PROBES[fix_id](read)
     except ProbeError as error:
         return FixWatch(fix_id, "unknown: the code has a form that no probe knows", (), known, str(error))
-    return FixWatch(fix_id, verdict(sites), sites, known, (agrees(known, sites) if known else None) or "")
+    wrong = (agrees(known, sites) or _evidence_missing(recorded, read)) if recorded else None
+    return FixWatch(fix_id, verdict(sites), sites, known, wrong or "")
+
+
+def _evidence_missing(recorded: FixState, read: ReadFile) -> str | None:
+    """Why the recorded ``file:line`` is not in the release, or None where it is."""
+    path, _, line = recorded.evidence.rpartition(":")
+    text = read(path)
+    if text is not None and int(line) <= text.count("\n"):
+        return None
+    return f"the recorded evidence {recorded.evidence} is not in the release"
 
 
 def _reader(release: Release, sdist: Path) -> ReadFile:
-    files = pick(open_sdist(sdist, release), PATHS, release)
+    evidence = [state.evidence.rpartition(":")[0] for state in release.states.values()]
+    files = pick(open_sdist(sdist, release), {*PATHS, *evidence}, release)
     return lambda path: files[path].decode("utf-8") if path in files else None
 
 
