@@ -103,16 +103,16 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "  next:     sudo apt-get install --yes python3-venv" >&2; exit 1; }
 
 $(VENV)/run.stamp: ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $< (2 MB)" >&2
+	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
 	@$(PIP) install -c ci/constraints.txt -r $<
 	@touch $@
 
 $(VENV)/test.stamp: ci/requirements-test.txt ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $< (45 MB)" >&2
+	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
 	@$(PIP) install -c ci/constraints.txt -r $<
 	@touch $@
 
 $(VENV)/proof.stamp: ci/requirements-proof.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $< (about 700 MB with a CPU build of torch; takes 2 GB on disk)" >&2
+	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
 	@$(PIP) install -c ci/constraints.txt -r $<
 	@touch $@
