@@ -225,7 +225,9 @@ def fixes_toml() -> str:
 def bare_release(version: str, sdist: Path | None) -> Release:
     """The table's row without what `record` fills in."""
     data = sdist.read_bytes() if sdist else b""
-    states = {fix: FixState(state, f"{ENGINE}:{number}") for number, (fix, state) in enumerate(STATES[version].items(), 1)}
+    states = {
+        fix: FixState(state, f"{ENGINE}:{number}") for number, (fix, state) in enumerate(STATES[version].items(), 1)
+    }
     if version == "0.22.0":
         states["0004"] = replace(states["0004"], note="removed with the old runner")
     series = next((name for name, served in SERVED.items() if version in served), "")
