@@ -19,7 +19,9 @@ from world import plain_env
 HEAD = SOUND[: SOUND.index(b"diff --git")]
 
 # Lines that a careless parser takes for something else, few enough that they repeat.
-LINES = st.sampled_from([b"a", b"b", b"c", b"", b" a", b"-- ", b"++ x", b"@@ -1 +1 @@", b"\\ No newline", b"diff --git"])
+LINES = st.sampled_from(
+    [b"a", b"b", b"c", b"", b" a", b"-- ", b"++ x", b"@@ -1 +1 @@", b"\\ No newline", b"diff --git"]
+)
 
 
 @st.composite
