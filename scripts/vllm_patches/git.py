@@ -17,10 +17,10 @@ _PINNED = {
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_ATTR_NOSYSTEM": "1",
-    "GIT_TERMINAL_PROMPT": "0",
-    "LC_ALL": "C",
     "TZ": "UTC",
 }
+# Neither asks anything nor, for a mere look, rewrites the index of the checkout that is looked at.
+_ALWAYS = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
 # Given with every call: hooks are never ours to run, and nothing we make needs a disk barrier: our own
 # repositories are rebuilt from the sdist, and the cached pack is hashed at each use.
 _SETTINGS = ("core.hooksPath=/dev/null", "core.fsync=none", "gc.auto=0", "maintenance.auto=false")
@@ -31,9 +31,9 @@ def _environment(directory: Path, pinned: bool) -> dict[str, str]:
     # A folder of ours inside somebody's repository must never be taken for a part of it.
     env["GIT_CEILING_DIRECTORIES"] = str(directory.resolve().parent)
     if pinned:
-        return env | _PINNED
+        return env | _ALWAYS | _PINNED
     kept = {key: value for key, value in os.environ.items() if key.startswith("GIT_CONFIG")}
-    return env | kept | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    return env | kept | _ALWAYS
 
 
 def _command(directory: Path, arguments: Sequence[str], pinned: bool) -> list[str]:
