@@ -6,10 +6,12 @@ user's checkout as its owner does (line-end conversion, filters, safe.directory)
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 from vllm_patches.errors import PatchesError
 
@@ -93,17 +95,23 @@ def fast_import(directory: Path, stream: Iterable[bytes]) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
         assert process.stdin and process.stderr
         try:
-            for chunk in stream:
-                process.stdin.write(chunk)
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # git has died; its own message says why
+            _feed(process.stdin, stream)
         except BaseException:
             process.kill()  # a half stream must not become a repository that looks whole
             raise
         stderr = process.stderr.read()
     if process.returncode:
         raise _failure(directory, ("fast-import",), process.returncode, stderr)
+
+
+def _feed(pipe: IO[bytes], stream: Iterable[bytes]) -> None:
+    """Write the whole stream and close the pipe; where git has died before, its own message says why."""
+    with contextlib.suppress(BrokenPipeError):
+        for chunk in stream:
+            pipe.write(chunk)
+        pipe.flush()
+    with contextlib.suppress(BrokenPipeError):  # what is still buffered
+        pipe.close()
 
 
 def top_level(directory: Path) -> Path | None:
