@@ -199,24 +199,23 @@ def switch(directory: Path, branch: str) -> None:
     _run(directory, "switch", "--quiet", "--no-guess", branch, pinned=False)
 
 
+# What a tree's own .git/config could change in a patch file (the user's global one is not read at all); those of
+# the second group have no option.
+_FORMAT_OPTIONS = (
+    *("--stdout", "--zero-commit", "--no-signature", "--no-stat", "--no-numbered", "--subject-prefix=PATCH"),
+    *("--no-signoff", "--no-from", "--no-to", "--no-cc", "--no-add-header", "--no-thread", "--no-attach", "--no-notes"),
+    *("--src-prefix=a/", "--dst-prefix=b/", "--full-index", "--no-renames", "--diff-algorithm=myers", "--unified=3"),
+    *("--inter-hunk-context=0", "--indent-heuristic", "--no-color", "--encode-email-headers", "--encoding=UTF-8"),
+)
+_FORMAT_SETTINGS = ("diff.suppressBlankEmpty=false", "format.useAutoBase=false")
+
+
 def format_patch(directory: Path, commit: str) -> bytes:
     """*commit* as a patch file whose bytes depend on nothing but the commit and its parent's files."""
     # --no-stat: no summary, hence no `---` line after the trailers; --full-index: blob ids that can be checked;
     # explicit prefixes: `--default-prefix` is unknown to git 2.39, and noprefix may be set in a local config.
-    return _run(
-        directory,
-        *("format-patch", "-1", "--stdout", "--zero-commit", "--no-signature", "--no-stat", "--no-numbered"),
-        *(
-            "--full-index",
-            "--no-renames",
-            "--diff-algorithm=myers",
-            "--unified=3",
-            "--no-thread",
-            "--no-attach",
-        ),
-        *("--src-prefix=a/", "--dst-prefix=b/", "--subject-prefix=PATCH", "--no-color", "--no-notes"),
-        commit,
-    ).stdout
+    settings = [word for setting in _FORMAT_SETTINGS for word in ("-c", setting)]
+    return _run(directory, *settings, "format-patch", "-1", *_FORMAT_OPTIONS, commit).stdout
 
 
 def commits_after(directory: Path, base: str, head: str) -> list[str]:
