@@ -49,10 +49,10 @@ def entries(tar: bytes, release: Release) -> Iterator[Entry]:
     """Every file of the tar, its top folder removed; refuses links and paths that leave the tree."""
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
         for member in archive:
-            safe = _safe(member, release)
-            if safe.isfile():
+            _check_member(member, release)
+            if member.isfile():
                 data = tar[member.offset_data : member.offset_data + member.size]
-                yield Entry(_inside(safe.name), "100755" if member.mode & 0o100 else "100644", data)
+                yield Entry(_inside(member.name), "100755" if member.mode & 0o100 else "100644", data)
 
 
 def pick(tar: bytes, paths: Iterable[str], release: Release) -> dict[str, bytes]:
@@ -62,11 +62,13 @@ def pick(tar: bytes, paths: Iterable[str], release: Release) -> dict[str, bytes]
     with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
         for member in archive:
             name = _inside(member.name)
-            if name in wanted and _safe(member, release).isfile():
-                found[name] = tar[member.offset_data : member.offset_data + member.size]
-                wanted.discard(name)
-                if not wanted:
-                    break
+            if name not in wanted or member.isdir():
+                continue
+            _check_member(member, release)
+            found[name] = tar[member.offset_data : member.offset_data + member.size]
+            wanted.discard(name)
+            if not wanted:
+                break
     return found
 
 
@@ -75,15 +77,29 @@ def _inside(name: str) -> str:
     return name.partition("/")[2]
 
 
-def _safe(member: tarfile.TarInfo, release: Release) -> tarfile.TarInfo:
-    """The member as tarfile's data filter lets it through; anything else is refused."""
-    try:
-        safe = tarfile.data_filter(member, ".")
-    except tarfile.FilterError as error:
-        raise _refused(member, release, str(error)) from error
-    if not (safe.isfile() or safe.isdir()):
-        raise _refused(member, release, "a link; a vLLM sdist has none")
-    return safe
+def _check_member(member: tarfile.TarInfo, release: Release) -> None:
+    """Raise unless the member is a plain file or folder in the sdist's one top folder.
+
+    Stricter than tarfile's data filter, which lets ``TOP/../x`` pass, strips a leading slash, and looks at the
+    symlinks of whatever folder one happens to work in.
+    """
+    if why := _unsafe(member, release.sdist.removesuffix(".tar.gz")):
+        raise _refused(member, release, why)
+
+
+def _unsafe(member: tarfile.TarInfo, top: str) -> str:
+    """Why the member must not be extracted; an empty string for a sound one."""
+    parts = member.name.split("/")
+    if member.name.startswith("/"):
+        return "an absolute path"
+    if wrong := [part for part in parts if part.lower() in ("", ".", "..", ".git")]:
+        return f"a part {wrong[0]!r} of its path"
+    if parts[0] != top or (len(parts) == 1 and not member.isdir()):
+        return f"not below {top}/"
+    if member.issym() or member.islnk():
+        return "a link; a vLLM sdist has none"
+    plain = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
+    return "" if member.type in plain else "neither a file nor a folder"
 
 
 def _refused(member: tarfile.TarInfo, release: Release, why: str) -> PatchesError:
