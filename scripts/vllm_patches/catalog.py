@@ -75,6 +75,17 @@ class Catalog:
             self._read[release.series] = read_series(self.folder / release.series)
         return self._read[release.series]
 
+    def need_series(self, release: Release) -> None:
+        """Raise where *release* has no series: there is nothing that could be checked or applied."""
+        if not release.series:
+            raise PatchesError(
+                "there is no series for this release",
+                release=release.version,
+                expected=f"one of {', '.join(pin.version for pin in self.pins)}",
+                found=release.version,
+                next_command="make matrix",
+            )
+
     def served_by(self, series: str) -> list[str]:
         """The releases that the series directory *series* is exact for."""
         return [release.version for release in self.pins if release.series == series]

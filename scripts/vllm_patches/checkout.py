@@ -106,14 +106,8 @@ def _check_usable(source: Path) -> None:
 
 def _recognise(catalog: Catalog, source: Path, blobs: Mapping[str, str], wanted: Release | None) -> Release:
     """The release that the blobs say this is; raises unless it is *wanted* (or any pin, where that is None)."""
-    if wanted is not None and not wanted.series:
-        raise PatchesError(
-            "there is no series for this release",
-            release=wanted.version,
-            expected=f"one of {', '.join(r.version for r in catalog.pins)}",
-            found=wanted.version,
-            next_command="make matrix",
-        )
+    if wanted is not None:
+        catalog.need_series(wanted)
     ranked = matching_releases(catalog, blobs)
     exact = [release for release, hits, total in ranked if hits == total]
     if wanted in exact:

@@ -78,11 +78,10 @@ def check_tree(catalog: Catalog, tree: Path, release: Release | None = None) -> 
     """Hold the series of *release* (or of the release that fits best) against the files of *tree*."""
     if not tree.is_dir():
         raise PatchesError("not a folder", file=str(tree), next_command=f"ls -ld {tree}")
-    if release is not None and not release.series:
-        raise PatchesError("there is no series for this release", release=release.version, next_command="make matrix")
     chosen_by = "--pin"
     if release is None:
         release, chosen_by = _choose(catalog, tree)
+    catalog.need_series(release)
     series = catalog.series_of(release)
     return TreeReport(str(tree), release.version, chosen_by, fit_series(series, _read(tree, series)))
 
