@@ -51,6 +51,8 @@ def states_only(catalog: Catalog, release: Release) -> Applied:
 
 def _without_series(catalog: Catalog, release: Release) -> Applied:
     """Nothing to do, or an error that says what is missing: never a quiet success."""
+    if release.series:
+        raise _empty_series(catalog, release)
     open_fixes = [i for i in catalog.fixes if release.disposition(i) is Disposition.NO_SERIES]
     if not open_fixes:
         return Applied(release.version, ApplyOutcome.NOTHING, fix_rows(release, catalog.fixes))
@@ -61,6 +63,19 @@ def _without_series(catalog: Catalog, release: Release) -> Applied:
         expected=f"a release with a series: {', '.join(r.version for r in catalog.pins)}",
         found=states,
         next_command=f"make apply PIN={catalog.pins[-1].version}" if catalog.pins else "",
+    )
+
+
+def _empty_series(catalog: Catalog, release: Release) -> PatchesError:
+    path = catalog.folder / release.series / "series"
+    carried = [i for i in catalog.fixes if release.disposition(i) is Disposition.APPLIED]
+    return PatchesError(
+        "the series is empty",
+        release=release.version,
+        file=str(path),
+        expected=f"patches for {', '.join(carried)}",
+        found="no line that names one",
+        next_command=f"git checkout -- {path}",
     )
 
 
