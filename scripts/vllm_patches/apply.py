@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -89,7 +90,7 @@ class Target(Enum):
 
 def _inspect(target: Path, release: Release, series: Series) -> Target:
     """Look at the target; raises `PatchesError` where something of the user's could be lost."""
-    if not target.exists():
+    if not os.path.lexists(target):  # a dangling link is something of the user's too
         return Target.MISSING
     record = _read_record(target)
     head = git.rev_parse(target, "HEAD") if record else None
@@ -150,7 +151,7 @@ def _locked(build: Path, say: Say) -> Iterator[None]:
     """One `apply` at a time in a build folder; a second one waits and says so. Sweeps what a killed one left."""
     with cache.disk_errors(build):
         build.mkdir(parents=True, exist_ok=True)
-        lock = (build / ".lock").open("w")
+        lock = (build / ".lock").open("a")  # not "w": a run that changes nothing leaves its time alone
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -176,10 +177,10 @@ def _scratch_prefix(target: Path) -> str:
 
 def _read_record(target: Path) -> dict[str, str] | None:
     try:
-        record: dict[str, str] = json.loads((target / ".git" / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        record = json.loads((target / ".git" / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return record
+    return record if isinstance(record, dict) and {"head", "series_sha256"} <= record.keys() else None
 
 
 def _moved(target: Path, release: Release, series: Series, made: str, head: str) -> PatchesError:
