@@ -188,15 +188,23 @@ def _moved(target: Path, release: Release, series: Series, made: str, head: str)
     behind = git.commits_after(target, head, made) if git.is_ancestor(target, head, made) else []
     missing = [patch.name for patch in series.patches[-len(behind) :]] if behind else []
     found = f"partly patched: without {', '.join(missing)}" if behind else f"another commit: {head}"
-    command = f"git -C {target} reset --hard {made}" if behind else f"mv {target} {target}.mine"
     return PatchesError(
         "the tree is not at the commit that apply made",
         release=release.version,
         file=str(target),
         expected=f"{made} on {branch_name(release)}",
         found=found,
-        next_command=command,
+        next_command=_way_back(target, branch_name(release), made, bool(behind)),
     )
+
+
+def _way_back(target: Path, branch: str, made: str, behind: bool) -> str:
+    """The command that brings the tree back and loses nothing; a reset on another branch would move that one."""
+    if git.rev_parse(target, f"refs/heads/{branch}") == made:
+        return f"git -C {target} switch {branch}"
+    if behind and git.current_branch(target) == branch:
+        return f"git -C {target} reset --hard {made}"
+    return f"mv {target} {target}.mine"
 
 
 def _not_ours(target: Path, release: Release, expected: str, found: str) -> PatchesError:
