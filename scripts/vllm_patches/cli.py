@@ -20,6 +20,7 @@ from vllm_patches.matrix import readme_path, render_matrix, replace_matrix
 from vllm_patches.model import Release
 from vllm_patches.outcome import Applied
 from vllm_patches.render import DownloadBar, say
+from vllm_patches.sdist import verified
 from vllm_patches.store import FindSdist
 from vllm_patches.treecheck import check_tree
 
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 def _finder(sdist: Path | None) -> FindSdist:
     """Where sdists come from: the given file, else the cache and the index."""
     if sdist is not None:
-        return lambda release: sdist
+        return lambda release: verified(sdist, release)
 
     def fetch(release: Release) -> Path:
         from vllm_patches.index import fetch_sdist  # the network's own library is needed from here on only

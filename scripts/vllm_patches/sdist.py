@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import tarfile
@@ -16,6 +17,21 @@ from vllm_patches.model import Release
 
 def open_sdist(path: Path, release: Release) -> bytes:
     """The inflated tar of *path*; raises `PatchesError` unless its sha256 is the recorded one."""
+    data = _read(path, release)
+    # zlib.decompress in one go is about twice as fast as gzip.GzipFile, which reads in small steps.
+    try:
+        return zlib.decompress(data, wbits=31, bufsize=4 * len(data) + 1)
+    except zlib.error as error:
+        raise _no_tarball(release, error) from error
+
+
+def verified(path: Path, release: Release) -> Path:
+    """*path* itself, once its sha256 is the recorded one: a wrong file is told even where the cache needs none."""
+    _read(path, release)
+    return path
+
+
+def _read(path: Path, release: Release) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -26,8 +42,7 @@ def open_sdist(path: Path, release: Release) -> bytes:
             next_command=f"ls -l {path}",
         ) from error
     check_hash(path, hashlib.sha256(data).hexdigest(), len(data), release)
-    # zlib.decompress in one go is about twice as fast as gzip.GzipFile, which reads in small steps.
-    return zlib.decompress(data, wbits=31, bufsize=4 * len(data))
+    return data
 
 
 def check_hash(path: Path, found: str, size: int, release: Release) -> None:
@@ -47,7 +62,7 @@ def check_hash(path: Path, found: str, size: int, release: Release) -> None:
 
 def entries(tar: bytes, release: Release) -> Iterator[Entry]:
     """Every file of the tar, its top folder removed; refuses links and paths that leave the tree."""
-    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
+    with _opened(tar, release) as archive:
         for member in archive:
             _check_member(member, release)
             if member.isfile():
@@ -59,7 +74,7 @@ def pick(tar: bytes, paths: Iterable[str], release: Release) -> dict[str, bytes]
     """The contents of those *paths* that the tar holds; stops when it has them all."""
     wanted = set(paths)
     found: dict[str, bytes] = {}
-    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
+    with _opened(tar, release) as archive:
         for member in archive:
             name = _inside(member.name)
             if name not in wanted or member.isdir():
@@ -70,6 +85,26 @@ def pick(tar: bytes, paths: Iterable[str], release: Release) -> dict[str, bytes]
             if not wanted:
                 break
     return found
+
+
+@contextlib.contextmanager
+def _opened(tar: bytes, release: Release) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
+            yield archive
+    except tarfile.TarError as error:
+        raise _no_tarball(release, error) from error
+
+
+def _no_tarball(release: Release, error: Exception) -> PatchesError:
+    return PatchesError(
+        "the sdist is not a .tar.gz, although its hash is the recorded one",
+        release=release.version,
+        file=release.sdist,
+        expected="a gzip-compressed tar",
+        found=str(error),
+        next_command="git diff patches/releases.toml    # was the hash of another file recorded?",
+    )
 
 
 def _inside(name: str) -> str:
