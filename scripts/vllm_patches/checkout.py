@@ -10,7 +10,7 @@ from pathlib import Path
 from vllm_patches import git
 from vllm_patches.catalog import DEFAULT_PIN, Catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import Patch, Release, Series
+from vllm_patches.model import FilePatch, Patch, Release, Series
 from vllm_patches.outcome import Applied, ApplyOutcome, fix_rows
 from vllm_patches.tree import branch_name, commit_series
 
@@ -54,14 +54,16 @@ def apply_checkout(catalog: Catalog, source: Path, release: Release | None) -> A
 
 def patch_presence(series: Series, patch: Patch, blobs: Mapping[str, str]) -> Presence:
     """Where *patch* stands in a tree with these *blobs* (path to id)."""
-    seen: set[Presence] = set()
-    for file in patch.files:
-        chain = series.blob_chain(file.path)
-        if blobs.get(file.path) not in chain:
-            return Presence.DRIFTED
-        reached = chain.index(blobs[file.path])
-        seen.add(Presence.IN if reached >= chain.index(file.new_blob) else Presence.OUT)
+    if any(blobs.get(file.path) not in series.blob_chain(file.path) for file in patch.files):
+        return Presence.DRIFTED
+    seen = {Presence.IN if _reached(series, file, blobs) else Presence.OUT for file in patch.files}
     return seen.pop() if len(seen) == 1 else Presence.PARTLY
+
+
+def _reached(series: Series, file: FilePatch, blobs: Mapping[str, str]) -> bool:
+    """True if the tree's file is as this patch left it, or as a later one did."""
+    chain = series.blob_chain(file.path)
+    return chain.index(blobs[file.path]) >= chain.index(file.new_blob)
 
 
 def matching_releases(catalog: Catalog, blobs: Mapping[str, str]) -> list[tuple[Release, int, int]]:
@@ -157,7 +159,7 @@ def _refuse_partly(
     """A patch of which only some files are in can be neither applied nor called applied."""
     for patch in series.patches:
         if presence[patch.name] is Presence.PARTLY:
-            missing = [f.path for f in patch.files if blobs[f.path] == f.old_blob]
+            missing = [f.path for f in patch.files if not _reached(series, f, blobs)]
             raise PatchesError(
                 "a patch is only partly in the checkout; nothing was changed",
                 release=release.version,
