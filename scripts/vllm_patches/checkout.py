@@ -10,6 +10,7 @@ from pathlib import Path
 from vllm_patches import git
 from vllm_patches.catalog import DEFAULT_PIN, Catalog
 from vllm_patches.errors import PatchesError
+from vllm_patches.hunks import blob_id
 from vllm_patches.model import FilePatch, Patch, Release, Series
 from vllm_patches.outcome import Applied, ApplyOutcome, fix_rows
 from vllm_patches.tree import branch_name, commit_series
@@ -67,13 +68,16 @@ def _reached(series: Series, file: FilePatch, blobs: Mapping[str, str]) -> bool:
 
 
 def matching_releases(catalog: Catalog, blobs: Mapping[str, str]) -> list[tuple[Release, int, int]]:
-    """For each pin: how many of its touched files have a blob of its series, and how many there are; best first."""
+    """For each pin: how many of its touched files have a blob of its series, and how many there are; best first.
+
+    Of equals, the default pin comes first.
+    """
     rows = []
     for release in catalog.pins:
         series = catalog.series_of(release)
         hits = sum(blobs.get(path) in series.blob_chain(path) for path in series.paths)
         rows.append((release, hits, len(series.paths)))
-    return sorted(rows, key=lambda row: row[1] / row[2], reverse=True)
+    return sorted(rows, key=lambda row: (row[1] / row[2], row[0].version == DEFAULT_PIN), reverse=True)
 
 
 def _check_usable(source: Path) -> None:
@@ -116,7 +120,29 @@ def _recognise(catalog: Catalog, source: Path, blobs: Mapping[str, str], wanted:
         return wanted
     if wanted is None and exact:  # several pins share their files: the default one, else the newest
         return next((r for r in exact if r.version == DEFAULT_PIN), exact[-1])
+    if crlf := _crlf_files(catalog, source, blobs):
+        raise _with_crlf(source, wanted, crlf)
     raise _unrecognised(source, blobs, wanted, ranked, exact)
+
+
+def _crlf_files(catalog: Catalog, source: Path, blobs: Mapping[str, str]) -> list[str]:
+    """The touched files that are committed with CRLF, where their line ends alone keep them from being a release's."""
+    contents = git.read_blobs(source, blobs.values())
+    as_lf = {path: blob_id(contents[blob].replace(b"\r\n", b"\n")) for path, blob in blobs.items()}
+    if not any(hits == total for _, hits, total in matching_releases(catalog, as_lf)):
+        return []
+    return [path for path, blob in blobs.items() if as_lf[path] != blob]
+
+
+def _with_crlf(source: Path, wanted: Release | None, files: list[str]) -> PatchesError:
+    return PatchesError(
+        "the checkout has CRLF line ends in its commits; nothing was changed",
+        release=wanted.version if wanted else "",
+        file=str(source),
+        expected="LF, as in the release",
+        found=f"CRLF in {', '.join(files)}",
+        next_command=f"git -C {source} -c core.autocrlf=input add --renormalize .    # and commit it",
+    )
 
 
 def _unrecognised(
