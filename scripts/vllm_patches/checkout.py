@@ -10,7 +10,8 @@ from pathlib import Path
 from vllm_patches import git
 from vllm_patches.catalog import DEFAULT_PIN, Catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import Patch, Release, Series
+from vllm_patches.hunks import blob_id
+from vllm_patches.model import FilePatch, Patch, Release, Series
 from vllm_patches.outcome import Applied, ApplyOutcome, fix_rows
 from vllm_patches.tree import branch_name, commit_series
 
@@ -54,24 +55,29 @@ def apply_checkout(catalog: Catalog, source: Path, release: Release | None) -> A
 
 def patch_presence(series: Series, patch: Patch, blobs: Mapping[str, str]) -> Presence:
     """Where *patch* stands in a tree with these *blobs* (path to id)."""
-    seen: set[Presence] = set()
-    for file in patch.files:
-        chain = series.blob_chain(file.path)
-        if blobs.get(file.path) not in chain:
-            return Presence.DRIFTED
-        reached = chain.index(blobs[file.path])
-        seen.add(Presence.IN if reached >= chain.index(file.new_blob) else Presence.OUT)
+    if any(blobs.get(file.path) not in series.blob_chain(file.path) for file in patch.files):
+        return Presence.DRIFTED
+    seen = {Presence.IN if _reached(series, file, blobs) else Presence.OUT for file in patch.files}
     return seen.pop() if len(seen) == 1 else Presence.PARTLY
 
 
+def _reached(series: Series, file: FilePatch, blobs: Mapping[str, str]) -> bool:
+    """True if the tree's file is as this patch left it, or as a later one did."""
+    chain = series.blob_chain(file.path)
+    return chain.index(blobs[file.path]) >= chain.index(file.new_blob)
+
+
 def matching_releases(catalog: Catalog, blobs: Mapping[str, str]) -> list[tuple[Release, int, int]]:
-    """For each pin: how many of its touched files have a blob of its series, and how many there are; best first."""
+    """For each pin: how many of its touched files have a blob of its series, and how many there are; best first.
+
+    Of equals, the default pin comes first.
+    """
     rows = []
     for release in catalog.pins:
         series = catalog.series_of(release)
         hits = sum(blobs.get(path) in series.blob_chain(path) for path in series.paths)
         rows.append((release, hits, len(series.paths)))
-    return sorted(rows, key=lambda row: row[1] / row[2], reverse=True)
+    return sorted(rows, key=lambda row: (row[1] / row[2], row[0].version == DEFAULT_PIN), reverse=True)
 
 
 def _check_usable(source: Path) -> None:
@@ -106,21 +112,37 @@ def _check_usable(source: Path) -> None:
 
 def _recognise(catalog: Catalog, source: Path, blobs: Mapping[str, str], wanted: Release | None) -> Release:
     """The release that the blobs say this is; raises unless it is *wanted* (or any pin, where that is None)."""
-    if wanted is not None and not wanted.series:
-        raise PatchesError(
-            "there is no series for this release",
-            release=wanted.version,
-            expected=f"one of {', '.join(r.version for r in catalog.pins)}",
-            found=wanted.version,
-            next_command="make matrix",
-        )
+    if wanted is not None:
+        catalog.need_series(wanted)
     ranked = matching_releases(catalog, blobs)
     exact = [release for release, hits, total in ranked if hits == total]
     if wanted in exact:
         return wanted
     if wanted is None and exact:  # several pins share their files: the default one, else the newest
         return next((r for r in exact if r.version == DEFAULT_PIN), exact[-1])
+    if crlf := _crlf_files(catalog, source, blobs):
+        raise _with_crlf(source, wanted, crlf)
     raise _unrecognised(source, blobs, wanted, ranked, exact)
+
+
+def _crlf_files(catalog: Catalog, source: Path, blobs: Mapping[str, str]) -> list[str]:
+    """The touched files that are committed with CRLF, where their line ends alone keep them from being a release's."""
+    contents = git.read_blobs(source, blobs.values())
+    as_lf = {path: blob_id(contents[blob].replace(b"\r\n", b"\n")) for path, blob in blobs.items()}
+    if not any(hits == total for _, hits, total in matching_releases(catalog, as_lf)):
+        return []
+    return [path for path, blob in blobs.items() if as_lf[path] != blob]
+
+
+def _with_crlf(source: Path, wanted: Release | None, files: list[str]) -> PatchesError:
+    return PatchesError(
+        "the checkout has CRLF line ends in its commits; nothing was changed",
+        release=wanted.version if wanted else "",
+        file=str(source),
+        expected="LF, as in the release",
+        found=f"CRLF in {', '.join(files)}",
+        next_command=f"git -C {source} -c core.autocrlf=input add --renormalize .    # and commit it",
+    )
 
 
 def _unrecognised(
@@ -163,7 +185,7 @@ def _refuse_partly(
     """A patch of which only some files are in can be neither applied nor called applied."""
     for patch in series.patches:
         if presence[patch.name] is Presence.PARTLY:
-            missing = [f.path for f in patch.files if blobs[f.path] == f.old_blob]
+            missing = [f.path for f in patch.files if not _reached(series, f, blobs)]
             raise PatchesError(
                 "a patch is only partly in the checkout; nothing was changed",
                 release=release.version,

@@ -20,6 +20,7 @@ from vllm_patches.matrix import readme_path, render_matrix, replace_matrix
 from vllm_patches.model import Release
 from vllm_patches.outcome import Applied
 from vllm_patches.render import DownloadBar, say
+from vllm_patches.sdist import verified
 from vllm_patches.store import FindSdist
 from vllm_patches.treecheck import check_tree
 
@@ -29,21 +30,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         verb: Callable[[Catalog, argparse.Namespace], int] = options.verb
-        return verb(open_catalog(), options)
+        status = verb(open_catalog(), options)
+        print(end="", flush=True)  # here, not in the interpreter's last breath, shows what cannot be written
+        return status
     except PatchesError as error:
-        if options.json:
-            print(json.dumps({"error": error.as_dict()}, indent=1))
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _report(error, options)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:
-        print(f"error: {error}\n  next:     ls -ld {error.filename or '.'}", file=sys.stderr)
-        return 1
+        return _report(PatchesError(str(error), next_command=f"ls -ld {error.filename or '.'}"), options)
     except KeyboardInterrupt:
         print("interrupted; nothing half-made is left, run it again", file=sys.stderr)
         return 130
+
+
+def _report(error: PatchesError, options: argparse.Namespace) -> int:
+    """Print an error, as JSON too where that was asked for; standard output may be what has failed."""
+    print(f"error: {error}", file=sys.stderr)
+    try:
+        print(json.dumps({"error": error.as_dict()}, indent=1) if options.json else "", end="", flush=True)
+    except OSError:
+        _drop_output()
+    return 1
+
+
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere, or the interpreter would complain about it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 def _finder(sdist: Path | None) -> FindSdist:
     """Where sdists come from: the given file, else the cache and the index."""
     if sdist is not None:
-        return lambda release: sdist
+        return lambda release: verified(sdist, release)
 
     def fetch(release: Release) -> Path:
         from vllm_patches.index import fetch_sdist  # the network's own library is needed from here on only

@@ -6,10 +6,12 @@ user's checkout as its owner does (line-end conversion, filters, safe.directory)
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 from vllm_patches.errors import PatchesError
 
@@ -17,10 +19,10 @@ _PINNED = {
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_ATTR_NOSYSTEM": "1",
-    "GIT_TERMINAL_PROMPT": "0",
-    "LC_ALL": "C",
     "TZ": "UTC",
 }
+# Neither asks anything nor, for a mere look, rewrites the index of the checkout that is looked at.
+_ALWAYS = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
 # Given with every call: hooks are never ours to run, and nothing we make needs a disk barrier: our own
 # repositories are rebuilt from the sdist, and the cached pack is hashed at each use.
 _SETTINGS = ("core.hooksPath=/dev/null", "core.fsync=none", "gc.auto=0", "maintenance.auto=false")
@@ -31,9 +33,9 @@ def _environment(directory: Path, pinned: bool) -> dict[str, str]:
     # A folder of ours inside somebody's repository must never be taken for a part of it.
     env["GIT_CEILING_DIRECTORIES"] = str(directory.resolve().parent)
     if pinned:
-        return env | _PINNED
+        return env | _ALWAYS | _PINNED
     kept = {key: value for key, value in os.environ.items() if key.startswith("GIT_CONFIG")}
-    return env | kept | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    return env | kept | _ALWAYS
 
 
 def _command(directory: Path, arguments: Sequence[str], pinned: bool) -> list[str]:
@@ -93,17 +95,23 @@ def fast_import(directory: Path, stream: Iterable[bytes]) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
         assert process.stdin and process.stderr
         try:
-            for chunk in stream:
-                process.stdin.write(chunk)
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # git has died; its own message says why
+            _feed(process.stdin, stream)
         except BaseException:
             process.kill()  # a half stream must not become a repository that looks whole
             raise
         stderr = process.stderr.read()
     if process.returncode:
         raise _failure(directory, ("fast-import",), process.returncode, stderr)
+
+
+def _feed(pipe: IO[bytes], stream: Iterable[bytes]) -> None:
+    """Write the whole stream and close the pipe; where git has died before, its own message says why."""
+    with contextlib.suppress(BrokenPipeError):
+        for chunk in stream:
+            pipe.write(chunk)
+        pipe.flush()
+    with contextlib.suppress(BrokenPipeError):  # what is still buffered
+        pipe.close()
 
 
 def top_level(directory: Path) -> Path | None:
@@ -191,24 +199,23 @@ def switch(directory: Path, branch: str) -> None:
     _run(directory, "switch", "--quiet", "--no-guess", branch, pinned=False)
 
 
+# What a tree's own .git/config could change in a patch file (the user's global one is not read at all); those of
+# the second group have no option.
+_FORMAT_OPTIONS = (
+    *("--stdout", "--zero-commit", "--no-signature", "--no-stat", "--no-numbered", "--subject-prefix=PATCH"),
+    *("--no-signoff", "--no-from", "--no-to", "--no-cc", "--no-add-header", "--no-thread", "--no-attach", "--no-notes"),
+    *("--src-prefix=a/", "--dst-prefix=b/", "--full-index", "--no-renames", "--diff-algorithm=myers", "--unified=3"),
+    *("--inter-hunk-context=0", "--indent-heuristic", "--no-color", "--encode-email-headers", "--encoding=UTF-8"),
+)
+_FORMAT_SETTINGS = ("diff.suppressBlankEmpty=false", "format.useAutoBase=false")
+
+
 def format_patch(directory: Path, commit: str) -> bytes:
     """*commit* as a patch file whose bytes depend on nothing but the commit and its parent's files."""
     # --no-stat: no summary, hence no `---` line after the trailers; --full-index: blob ids that can be checked;
     # explicit prefixes: `--default-prefix` is unknown to git 2.39, and noprefix may be set in a local config.
-    return _run(
-        directory,
-        *("format-patch", "-1", "--stdout", "--zero-commit", "--no-signature", "--no-stat", "--no-numbered"),
-        *(
-            "--full-index",
-            "--no-renames",
-            "--diff-algorithm=myers",
-            "--unified=3",
-            "--no-thread",
-            "--no-attach",
-        ),
-        *("--src-prefix=a/", "--dst-prefix=b/", "--subject-prefix=PATCH", "--no-color", "--no-notes"),
-        commit,
-    ).stdout
+    settings = [word for setting in _FORMAT_SETTINGS for word in ("-c", setting)]
+    return _run(directory, *settings, "format-patch", "-1", *_FORMAT_OPTIONS, commit).stdout
 
 
 def commits_after(directory: Path, base: str, head: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,8 @@ HEADER = """\
 
 def load_fixes(path: Path) -> dict[str, Fix]:
     """The five fixes by id, in order."""
-    rows = _load(path).get("fix", [])
-    return {row["id"]: _fix(row, path) for row in rows}
+    fixes = [_fix(row, path) for row in _load(path).get("fix", [])]
+    return {fix.id: fix for fix in fixes}
 
 
 def load_releases(path: Path) -> dict[str, Release]:
@@ -71,7 +73,8 @@ def _dump_release(release: Release) -> str:
 
 
 def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
+    """The inside of a TOML basic string; JSON's escapes are TOML's, but for DEL, which only TOML forbids."""
+    return json.dumps(text, ensure_ascii=False)[1:-1].replace("\x7f", "\\u007f")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -99,8 +102,8 @@ def _fix(row: dict[str, Any], path: Path) -> Fix:
             parts=tuple(row["parts"]),
             upstream_commit=row.get("upstream_commit", ""),
         )
-    except KeyError as error:
-        raise _bad(path, f"fix {row.get('id', '?')} to have the key {error}", "none") from error
+    except (KeyError, TypeError) as error:
+        raise _bad(path, f"a complete block for fix {row.get('id', '?')}", f"{error!r}") from error
 
 
 def _release(row: dict[str, Any], path: Path) -> Release:
@@ -110,7 +113,7 @@ def _release(row: dict[str, Any], path: Path) -> Release:
             raise _bad(path, f"release {row['version']} to state {', '.join(FIX_IDS)}", ", ".join(states))
         return Release(
             version=row["version"],
-            date=row["date"],
+            date=_date(row["date"]),
             sdist=row["sdist"],
             sha256=row["sha256"],
             size=row["size"],
@@ -119,12 +122,18 @@ def _release(row: dict[str, Any], path: Path) -> Release:
             head=row.get("head", ""),
             blobs=dict(row.get("blobs", {})),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise _bad(path, f"a complete block for {row.get('version', '?')}", f"{error!r}") from error
 
 
 def _state(row: dict[str, str]) -> FixState:
     return FixState(State(row["state"]), row["evidence"], row.get("note", ""))
+
+
+def _date(value: object) -> datetime.date:
+    if not isinstance(value, datetime.date):
+        raise ValueError(f"date = {value!r}: a TOML date has no quotes")
+    return value
 
 
 def _bad(path: Path, expected: str, found: str) -> PatchesError:

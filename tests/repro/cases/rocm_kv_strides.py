@@ -454,9 +454,7 @@ def sparse_sides(kind: str) -> tuple[Side, Side]:
     return (Side(key.offset, gaps), value) if kind == "K" else (key, Side(value.offset, gaps))
 
 
-def check_sparse(
-    name: str, call: Callable[[Shape, torch.Tensor, tuple[Side, Side]], object], where: str
-) -> None:
+def check_sparse(name: str, call: Callable[[Shape, torch.Tensor, tuple[Side, Side]], object], where: str) -> None:
     """A gap in the blocks of K, then of V, has to meet an assertion that says so, before any write."""
     for kind, shape in SPARSE.items():
         sides = sparse_sides(kind)
@@ -490,9 +488,7 @@ def shuffle_write_refuses_sparse(tree: Path) -> None:
 
 def hybrid_cache(module: ModuleType, shape: Shape) -> torch.Tensor:
     """A layer's cache as the runner makes it for a hybrid model."""
-    size = module.AiterFlashAttentionBackend.get_kv_cache_shape(
-        NUM_BLOCKS, shape.page, shape.heads, shape.head_size
-    )
+    size = module.AiterFlashAttentionBackend.get_kv_cache_shape(NUM_BLOCKS, shape.page, shape.heads, shape.head_size)
     expect(size[:2] == (2, NUM_BLOCKS), "cache-shape-changed", f"{size}", FILE)
     kv_cache = torch.full(size, 240.0, dtype=shape.dtype)
     return kv_cache.as_strided_(size, (shape.block, 2 * shape.block, *kv_cache.stride()[2:]))
