@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     write_result(options.result, result | {"running": "import"})
     case = importlib.import_module(options.case).CASE
     result["import_seconds"] = round(time.perf_counter() - started, 3)
+    result["stock_fails"] = case.stock_fails.get(options.release, {})
     for name in options.only or list(case.checks):
         write_result(options.result, result | {"running": name})
         result["checks"].append(run_check(case, name, tree))  # type: ignore[attr-defined]
