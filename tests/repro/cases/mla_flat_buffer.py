@@ -355,7 +355,7 @@ def native_padded_compressed(tree: Path) -> None:
 
 @present("native: compressed, without padding")
 def native_compressed(tree: Path) -> None:
-    """The division stays in the builder's buffer: the runner's lengths are shared, and untouched (control)."""
+    """The division stays in the builder's buffer; the runner's lengths are shared (control)."""
     for next_n in (2, 4):
         builder = native_builder(next_n, ratio=4)
         rows: Rows = [(next_n, 41), (next_n, 8), (next_n, 130)]
@@ -450,7 +450,7 @@ def flatten_values(tree: Path) -> None:
 
 @present("flatten: tokens padded above rows x next_n")
 def flatten_padded_tokens(tree: Path) -> None:
-    """The runner pads the token count as well, up to the batched tokens: the buffer holds those too (control)."""
+    """The runner pads the token count as well, up to the batched tokens (control)."""
     builder = flatten_builder(3, batched_tokens=64)
     room = builder.decode_seq_lens_buffer.numel()
     expect(room >= 64, "buffer-too-small", f"{room} < 64", at_buffer(tree))
