@@ -60,7 +60,7 @@ record: $(VENV)/run.stamp ## write HEAD and blobs of every pin to patches/releas
 
 .PHONY: test
 test: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## all tests
-	@$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
+	@$(BIN)/python -m pytest -n auto --dist loadgroup $(TESTS)
 
 .PHONY: prove
 prove: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## stock fails, patched passes: the table (PIN=all, FIX=0003, JSON=1)

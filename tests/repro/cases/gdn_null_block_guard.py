@@ -43,11 +43,8 @@ GDN_CHECKS = (
     "sigmoid gating, KDA: null block as padding",
 )
 LIGHTNING_CHECKS = ("lightning: null block as padding", "lightning: a batch padded for a CUDA graph")
-CASE.stock_fails = {
-    release: dict.fromkeys(GDN_CHECKS, "null-block-changed") for release in ("0.18.1", "0.19.1")
-} | {
-    release: dict.fromkeys(LIGHTNING_CHECKS, "null-block-changed")
-    for release in ("0.20.0", "0.20.2", "0.21.0")
+CASE.stock_fails = {release: dict.fromkeys(GDN_CHECKS, "null-block-changed") for release in ("0.18.1", "0.19.1")} | {
+    release: dict.fromkeys(LIGHTNING_CHECKS, "null-block-changed") for release in ("0.20.0", "0.20.2", "0.21.0")
 }
 
 OPS = "vllm/model_executor/layers/fla/ops"
@@ -193,9 +190,7 @@ def qkv_of(table: Table, heads: Heads) -> tuple[torch.Tensor, torch.Tensor, torc
 def guard(tree: Path, path: str, indent: int = 12) -> str:
     """The guard of a GDN kernel: 12 columns in where a state is loaded, 4 in packed decode."""
     lines = (tree / path).read_text(encoding="utf-8").splitlines()
-    found = [
-        number for number, line in enumerate(lines, 1) if line.startswith(" " * indent + "if state_idx <")
-    ]
+    found = [number for number, line in enumerate(lines, 1) if line.startswith(" " * indent + "if state_idx <")]
     return f"{path}:{found[0]}" if found else path
 
 
@@ -211,9 +206,7 @@ def run_recurrent(tree: Path, table: Table, heads: Heads) -> None:
     output, _ = run(q, k, v, g, beta, initial_state=after, use_qk_l2norm_in_kernel=True, **indices_of(table))
 
     def step(state: torch.Tensor, token: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return delta_rule(
-            heads, state, q[0, token], k[0, token], v[0, token], g[0, token].exp(), beta[0, token]
-        )
+        return delta_rule(heads, state, q[0, token], k[0, token], v[0, token], g[0, token].exp(), beta[0, token])
 
     compare(guard(tree, RECURRENT), table, before, after, output.squeeze(0), step)
 

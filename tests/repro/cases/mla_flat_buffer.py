@@ -91,9 +91,7 @@ def make_builder(next_n: int, *, blackwell: bool = False, batched_tokens: int = 
     """The real builder for next_n - 1 speculative tokens."""
     # 0.18.1 and 0.19.1 have no compress_ratio.
     compression = {"compress_ratio": ratio} if ratio > 1 else {}
-    spec = MLAAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=128, dtype=torch.uint8, **compression
-    )
+    spec = MLAAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=128, dtype=torch.uint8, **compression)
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=batched_tokens),
         speculative_config=SimpleNamespace(num_speculative_tokens=next_n - 1) if next_n > 1 else None,
@@ -241,9 +239,7 @@ def one_flat_buffer(tree: Path) -> None:
             builder = make_builder(next_n, blackwell=blackwell, batched_tokens=batched_tokens)
             buffer = builder.decode_seq_lens_buffer
             what = f"next_n {next_n}, {batched_tokens} batched tokens: {buffer.dtype} {tuple(buffer.shape)}"
-            expect(
-                buffer.dim() == 1 and buffer.dtype == torch.int32, "buffer-not-flat", what, at_buffer(tree)
-            )
+            expect(buffer.dim() == 1 and buffer.dtype == torch.int32, "buffer-not-flat", what, at_buffer(tree))
             needed = max(batched_tokens, MAX_SEQS * next_n)
             expect(buffer.numel() >= needed, "buffer-too-small", f"{what} < {needed}", at_buffer(tree))
 
@@ -406,16 +402,12 @@ def plain_decode(tree: Path) -> None:
         common = common_metadata(rows)
         with platform():
             lengths = builder.build(0, common).decode.seq_lens
-        expect(
-            lengths.data_ptr() == common.seq_lens.data_ptr(), "not-passed-through", f"{real}", at_slice(tree)
-        )
+        expect(lengths.data_ptr() == common.seq_lens.data_ptr(), "not-passed-through", f"{real}", at_slice(tree))
         expect_values(tree, lengths, [[total] for _, total in rows], f"{real} rows", "wrong-length")
         expect_contiguous(tree, lengths, f"{real} rows")
 
 
-def expect_flattened(
-    tree: Path, builder, rows: Rows, decode, what: str, num_tokens: int | None = None
-) -> None:
+def expect_flattened(tree: Path, builder, rows: Rows, decode, what: str, num_tokens: int | None = None) -> None:
     """One entry per token, its request's block table row beside it, and zeroes to the buffer's end."""
     lengths = flat_lengths(rows)
     tail = [0] * ((num_tokens or len(lengths)) - len(lengths))
