@@ -7,8 +7,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -121,15 +119,15 @@ def _build_beside(release: Release, series: Series, sdist: Path, target: Path) -
     build = target.parent
     with cache.disk_errors(build):
         pristine = pristine_objects(release, sdist)
-        with tempfile.TemporaryDirectory(prefix=_scratch_prefix(target), dir=build) as scratch:
-            tree = Path(scratch) / "tree"
+        with cache.scratch(build, f".{target.name}.making-") as scratch:
+            tree = scratch / "tree"
             head = build_tree(release, series, pristine, tree)
             check_head(release, head)
             record = {"release": release.version, "series": series.name, "head": head}
             record["series_sha256"] = series_hash(series)
             (tree / ".git" / _RECORD).write_text(json.dumps(record), encoding="utf-8")
             if target.exists():
-                target.rename(Path(scratch) / "replaced")
+                target.rename(scratch / "replaced")
             tree.rename(target)
     return head
 
@@ -176,11 +174,7 @@ def _sweep(left: Path) -> None:
     replaced, target = left / "replaced", left.parent / left.name[1:].split(".making-")[0]
     if replaced.exists() and not target.exists():
         replaced.rename(target)
-    shutil.rmtree(left)
-
-
-def _scratch_prefix(target: Path) -> str:
-    return f".{target.name}.making-"
+    cache.remove(left)
 
 
 def _read_record(target: Path) -> dict[str, str] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from vllm_patches.outcome import Applied, ApplyOutcome, fix_rows
 from vllm_patches.tree import branch_name, commit_series
 
 _UNFINISHED = ("rebase-apply", "rebase-merge", "MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG")
+
+_SCRATCH = "refs/vllm-patches/applying"
 
 JUDGED = "judged by the git blobs of the files that the series touches; the rest of the tree was not looked at"
 
@@ -34,7 +38,13 @@ def apply_checkout(catalog: Catalog, source: Path, release: Release | None) -> A
 
     *release* None means: find it by the blobs. On any error the checkout, its branch and its index are as they were.
     """
-    _check_usable(source)
+    _check_root(source)
+    with _alone(source):
+        _check_clean(source)
+        return _apply_missing(catalog, source, release)
+
+
+def _apply_missing(catalog: Catalog, source: Path, release: Release | None) -> Applied:
     base = git.rev_parse(source, "HEAD")
     if base is None:
         raise PatchesError("the checkout has no commit", file=str(source), next_command=f"git -C {source} log -1")
@@ -51,6 +61,19 @@ def apply_checkout(catalog: Catalog, source: Path, release: Release | None) -> A
         return Applied(release.version, ApplyOutcome.ALREADY, rows, str(source), base, (JUDGED,))
     head = _commit_and_switch(source, release, missing, base)
     return Applied(release.version, ApplyOutcome.APPLIED, rows, str(source), head, (JUDGED,))
+
+
+@contextlib.contextmanager
+def _alone(source: Path) -> Iterator[None]:
+    """One `apply` at a time in a repository; a scratch ref that is there then was left by a killed one."""
+    handle = os.open(git.git_path(source, "objects"), os.O_RDONLY)  # one folder for all its work trees
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for ref in git.refs(source, _SCRATCH):
+            git.delete_ref(source, ref)
+        yield
+    finally:
+        os.close(handle)
 
 
 def patch_presence(series: Series, patch: Patch, blobs: Mapping[str, str]) -> Presence:
@@ -80,8 +103,8 @@ def matching_releases(catalog: Catalog, blobs: Mapping[str, str]) -> list[tuple[
     return sorted(rows, key=lambda row: (row[1] / row[2], row[0].version == DEFAULT_PIN), reverse=True)
 
 
-def _check_usable(source: Path) -> None:
-    """A git checkout's own root, clean, with no operation under way."""
+def _check_root(source: Path) -> None:
+    """A git checkout's own root."""
     if not source.is_dir():
         raise PatchesError("SRC is not a folder", file=str(source), next_command=f"ls -ld {source}")
     if git.top_level(source) != source.resolve():
@@ -92,6 +115,10 @@ def _check_usable(source: Path) -> None:
             found="none here",
             next_command=f"git -C {source} rev-parse --show-toplevel    # plain sources: patch -p1 -F0",
         )
+
+
+def _check_clean(source: Path) -> None:
+    """No change, and no operation under way."""
     for name in _UNFINISHED:
         if git.git_path(source, name).exists():
             raise PatchesError(
@@ -200,9 +227,8 @@ def _refuse_partly(
 def _commit_and_switch(source: Path, release: Release, missing: list[Patch], base: str) -> str:
     """Make the commits without touching the work tree, then let git switch; undo the branch if it refuses."""
     branch = branch_name(release)
-    scratch = f"refs/vllm-patches/applying-{os.getpid()}"
-    head = commit_series(source, release, missing, base, scratch)
-    git.delete_ref(source, scratch)
+    head = commit_series(source, release, missing, base, _SCRATCH)
+    git.delete_ref(source, _SCRATCH)
     existing = git.rev_parse(source, f"refs/heads/{branch}")
     if existing not in (None, head):
         raise PatchesError(
@@ -213,11 +239,11 @@ def _commit_and_switch(source: Path, release: Release, missing: list[Patch], bas
             found=f"{branch} at {existing}",
             next_command=f"git -C {source} branch -m {branch} {branch}-old",
         )
-    git.update_ref(source, f"refs/heads/{branch}", head)
     try:
+        git.update_ref(source, f"refs/heads/{branch}", head)
         git.switch(source, branch)
-    except PatchesError:
-        if existing is None:
+    except BaseException:  # Ctrl-C too
+        if existing is None and git.rev_parse(source, f"refs/heads/{branch}"):
             git.delete_ref(source, f"refs/heads/{branch}")
         raise
     return head

@@ -49,7 +49,9 @@ def _report(error: PatchesError, options: argparse.Namespace) -> int:
     """Print an error, as JSON too where that was asked for; standard output may be what has failed."""
     print(f"error: {error}", file=sys.stderr)
     try:
-        print(json.dumps({"error": error.as_dict()}, indent=1) if options.json else "", end="", flush=True)
+        if options.json:
+            print(json.dumps({"error": error.as_dict()}, indent=1))
+        print(end="", flush=True)
     except OSError:
         _drop_output()
     return 1
@@ -117,6 +119,7 @@ def _finder(sdist: Path | None) -> FindSdist:
 
 def _apply(catalog: Catalog, options: argparse.Namespace) -> int:
     if options.src is not None:
+        _need_no_sdist(options, "--src")
         release = catalog.release(options.pin) if options.pin else None
         results = [apply_checkout(catalog, options.src, release)]
     elif options.pin == "all":
@@ -141,6 +144,29 @@ def _need_one_pin(options: argparse.Namespace) -> None:
         )
 
 
+def _need_no_sdist(options: argparse.Namespace, other: str) -> None:
+    """A checkout has its own files; an option that would be passed over in silence is refused."""
+    if options.sdist is not None:
+        raise PatchesError(
+            f"--sdist is of no use with {other}",
+            file=str(options.sdist),
+            expected="one of the two",
+            found="both",
+            next_command=f"vllm-patches apply --pin {DEFAULT_PIN} --sdist {options.sdist}",
+        )
+
+
+def _need_at_most_one_pin(options: argparse.Namespace) -> None:
+    if len(options.pin or []) > 1:
+        raise PatchesError(
+            "--tree needs the one release that it is held against",
+            file=str(options.tree),
+            expected="one --pin, or none",
+            found=", ".join(options.pin),
+            next_command=f"vllm-patches check --tree {options.tree} --pin {options.pin[0]}",
+        )
+
+
 def _apply_or_state(catalog: Catalog, release: Release, options: argparse.Namespace) -> Applied:
     if not release.series:
         return states_only(catalog, release)
@@ -150,6 +176,8 @@ def _apply_or_state(catalog: Catalog, release: Release, options: argparse.Namesp
 def _check(catalog: Catalog, options: argparse.Namespace) -> int:
     pins = [catalog.release(pin) for pin in options.pin or []]
     if options.tree is not None:
+        _need_no_sdist(options, "--tree")
+        _need_at_most_one_pin(options)
         report = check_tree(catalog, options.tree, pins[0] if pins else None)
         _print(options, report, render.tree_text(report))
         return 0 if (report.exact if options.strict else report.ok) else 1

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -90,14 +92,15 @@ def init(directory: Path, branch: str) -> None:
 def fast_import(directory: Path, stream: Iterable[bytes]) -> None:
     """Feed a fast-import stream; objects go to one pack, stored and not deflated (speed over size)."""
     arguments = ("-c", "fastimport.unpackLimit=0", "-c", "pack.compression=0", "-c", "core.compression=0")
-    command = _command(directory, (*arguments, "fast-import", "--quiet", "--depth=0"), pinned=True)
+    command = _command(directory, (*arguments, "fast-import", "--quiet", "--depth=0", "--done"), pinned=True)
     env = _environment(directory, pinned=True)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, env=env) as process:
         assert process.stdin and process.stderr
         try:
             _feed(process.stdin, stream)
         except BaseException:
-            process.kill()  # a half stream must not become a repository that looks whole
+            process.kill()
             raise
         stderr = process.stderr.read()
     if process.returncode:
@@ -105,10 +108,14 @@ def fast_import(directory: Path, stream: Iterable[bytes]) -> None:
 
 
 def _feed(pipe: IO[bytes], stream: Iterable[bytes]) -> None:
-    """Write the whole stream and close the pipe; where git has died before, its own message says why."""
+    """Write the whole stream and close the pipe; where git has died before, its own message says why.
+
+    Without the last word git makes nothing of it: a half stream must not become a repository that looks whole.
+    """
     with contextlib.suppress(BrokenPipeError):
         for chunk in stream:
             pipe.write(chunk)
+        pipe.write(b"done\n")
         pipe.flush()
     with contextlib.suppress(BrokenPipeError):  # what is still buffered
         pipe.close()
@@ -178,6 +185,11 @@ def read_blobs(directory: Path, ids: Iterable[str]) -> dict[str, bytes]:
     return contents
 
 
+def refs(directory: Path, prefix: str) -> list[str]:
+    """The full names of the refs that start with the path *prefix*."""
+    return _run(directory, "for-each-ref", "--format=%(refname)", prefix).stdout.decode().split()
+
+
 def update_ref(directory: Path, ref: str, commit: str) -> None:
     """Point *ref* at *commit*."""
     _run(directory, "update-ref", ref, commit)
@@ -195,8 +207,25 @@ def checkout(directory: Path, branch: str) -> None:
 
 
 def switch(directory: Path, branch: str) -> None:
-    """Switch a user's checkout to *branch* with the user's own settings; git keeps what it would overwrite."""
-    _run(directory, "switch", "--quiet", "--no-guess", branch, pinned=False)
+    """Switch a user's checkout to *branch* with the user's own settings; git keeps what it would overwrite.
+
+    Ctrl-C waits for it: it is short, and after half of it the files would be neither the old nor the new ones.
+    """
+    with _no_interrupt():
+        _run(directory, "switch", "--quiet", "--no-guess", branch, pinned=False)
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ignore SIGINT here and in the processes that are started; only the main thread can, and only it gets one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # What a tree's own .git/config could change in a patch file (the user's global one is not read at all); those of

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,16 +38,15 @@ def branch_name(release: Release) -> str:
 def pristine_objects(release: Release, sdist: Path) -> Pristine:
     """The pristine objects of *release*, made from *sdist* the first time and kept in the cache."""
     folder = cache.pristine_path(release.sha256)
+    cache.sweep(folder.parent, ".making-*")
     there = folder.exists()  # it appears whole, by a rename: where it is there and unsound, it was damaged
     if known := _load(folder):
         return known
     with cache.disk_errors(folder.parent):
         if there:
             shutil.rmtree(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        cache.sweep(time.time())
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as scratch:
-            made = _make_pristine(release, sdist, Path(scratch))
+        with cache.scratch(folder.parent, ".making-") as scratch:
+            made = _make_pristine(release, sdist, scratch)
             try:
                 made.rename(folder)
             except OSError:  # another process was faster; its objects are the same
@@ -114,8 +111,7 @@ def build_tree(release: Release, series: Series, pristine: Pristine, directory: 
 
 def series_head(release: Release, series: Series, pristine: Pristine) -> str:
     """The commit that the series ends in, without writing any work tree."""
-    with tempfile.TemporaryDirectory(prefix=".head-", dir=pristine.folder.parent) as scratch:
-        repository = Path(scratch)
+    with cache.scratch(pristine.folder.parent, ".head-") as repository:
         git.init(repository, branch_name(release))
         _copy_objects(pristine, repository)
         return commit_series(repository, release, series.patches, pristine.commit, "refs/heads/head")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,37 +83,85 @@ def test_any_other_error_of_the_system_passes_through() -> None:
         raise OSError(errno.EISDIR, "is a directory")
 
 
-def _aged(path: Path, folder: bool, age: float) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "folder"
+    made.mkdir()
+    return made
+
+
+def test_a_scratch_folder_is_gone_at_the_end(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="broke"), cache.scratch(tmp_path / "new", ".making-") as folder:
+        assert folder.parent == tmp_path / "new"
+        assert folder.name.startswith(".making-")
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").touch()
+        raise ValueError("broke")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def _leave(path: Path, *, folder: bool) -> Path:
+    """What a killed process leaves: nobody holds it."""
     if folder:
         (path / "repository").mkdir(parents=True)
+        (path / "repository" / "file").touch()
     else:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    then = time.time() - age
-    os.utime(path, (then, then))
     return path
 
 
-def test_a_sweep_takes_what_killed_runs_left_and_nothing_else() -> None:
-    root, day = cache.root(), 86400
-    old = [
-        _aged(root / "pristine-v1" / ".making-x", True, day + 60),
-        _aged(root / "pristine-v1" / ".head-x", True, day + 60),
-        _aged(root / "sdist" / "abc" / ".vllm.tar.gz.x.tmp", False, day + 60),
-        _aged(root / "blob" / "ab" / ".cdef.x.tmp", False, day + 60),
-    ]
-    kept = [
-        _aged(root / "pristine-v1" / ".making-now", True, 60),
-        _aged(root / "sdist" / "abc" / ".vllm.tar.gz.now.tmp", False, 60),
-        _aged(root / "pristine-v1" / "abc", True, day + 60),
-        _aged(root / "sdist" / "abc" / "vllm.tar.gz", False, day + 60),
-        _aged(root / "sdist" / ".mine", False, day + 60),
-    ]
-    cache.sweep(time.time())
-    assert [path for path in old if path.exists()] == []
-    assert [path for path in kept if not path.exists()] == []
+def test_the_next_scratch_folder_sweeps_what_a_killed_one_left(folder: Path) -> None:
+    dead = _leave(folder / ".making-dead", folder=True)
+    others = [_leave(folder / name, folder=True) for name in ("abc", ".head-x", "making-x")]
+    with cache.scratch(folder, ".making-") as living, cache.scratch(folder, ".making-") as second:
+        assert not dead.exists()
+        assert living.exists(), "the second one's sweep leaves what a living process holds"
+        assert second.exists()
+    assert sorted(folder.iterdir()) == sorted(others)
 
 
-def test_a_sweep_of_no_cache_does_nothing() -> None:
-    cache.sweep(time.time())
-    assert not cache.root().exists()
+def test_the_next_file_sweeps_what_a_killed_one_left(folder: Path) -> None:
+    target = folder / "file"
+    dead = _leave(folder / ".file.dead.tmp", folder=False)
+    others = [_leave(folder / name, folder=False) for name in (".other.x.tmp", ".file.mine", "file.x.tmp")]
+    with cache.written_beside(target) as first, cache.written_beside(target) as second:
+        assert not dead.exists()
+        first.write_bytes(b"first")
+        second.write_bytes(b"second")
+    assert target.read_bytes() == b"first", "the last to end wins"
+    assert sorted(folder.iterdir()) == sorted([*others, target])
+
+
+def test_a_sweep_waits_for_nobody(tmp_path: Path) -> None:
+    """Held by another process: it is passed over at once."""
+    left = _leave(tmp_path / ".making-x", folder=True)
+    code = "import fcntl, os, sys; h = os.open(sys.argv[1], 0); fcntl.flock(h, 2); print('held', flush=True); input()"
+    command = [sys.executable, "-c", code, str(left)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        cache.sweep(tmp_path, ".making-*")
+        assert left.exists()
+        process.kill()
+    cache.sweep(tmp_path, ".making-*")
+    assert not left.exists()
+
+
+def test_a_sweep_of_nothing_does_nothing(tmp_path: Path) -> None:
+    cache.sweep(tmp_path / "none", "*")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_is_still_being_written_to_is_removed_in_the_end(tmp_path: Path) -> None:
+    """The git of a killed process lives a moment longer."""
+    left = _leave(tmp_path / ".making-x", folder=True)
+    code = 'i=0; while [ $i -lt 300 ]; do mkdir -p "$1/d$i" && : > "$1/d$i/f"; i=$((i+1)); done'
+    with subprocess.Popen(["sh", "-c", code, "sh", str(left)]) as process:
+        while not (left / "d5").exists():
+            assert process.poll() is None
+        cache.remove(left)
+        process.wait()
+    cache.remove(left)
+    assert not left.exists()
