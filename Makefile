@@ -1,6 +1,7 @@
 # vllm-patches: `make apply` and `make test` do all set-up on a machine with Python >= 3.11, git and make.
 #
 #   make apply [PIN=0.20.2|all] [SRC=/path/to/checkout] [SDIST=FILE]   a patched tree under build/src, or a branch
+#   make build [PIN=0.20.2] [WHEEL=FILE] [WITHOUT=0001-native]         a patched wheel in dist/, from the official one
 #   make check [PIN=...] [SDIST=FILE] [TREE=DIR]                       do the patches still apply?
 #   make test                                                          all tests
 #   make ci                                                            what CI runs
@@ -14,12 +15,13 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= build/src
+DIST ?= dist
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-# Given the source, apply and check need neither the network nor the one library that talks to the index:
+# Given the source, apply, check and build need neither the network nor the one library that talks to the index:
 # then the plain interpreter runs them, and no environment is made.
-OFFLINE := $(strip $(SRC)$(SDIST)$(TREE))
+OFFLINE := $(strip $(SRC)$(SDIST)$(TREE)$(WHEEL))
 RUN := PYTHONPATH=scripts $(if $(OFFLINE),$(PYTHON),$(BIN)/python) -m vllm_patches
 RUN_ENV := $(if $(OFFLINE),,$(VENV)/run.stamp)
 
@@ -37,6 +39,11 @@ apply: $(RUN_ENV) ## a patched work tree of a release (PIN=, SRC=, SDIST=, BUILD
 .PHONY: check
 check: $(RUN_ENV) ## do the patches still apply? (PIN=, SDIST=, TREE=your checkout, JSON=1)
 	@$(RUN) check $(call option,pin,PIN) $(call option,sdist,SDIST) $(call option,tree,TREE) $(json)
+
+.PHONY: build
+build: $(RUN_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=FILE, WITHOUT=0001-native, DIST=, JSON=1)
+	@$(RUN) build $(call option,pin,PIN) $(call option,arch,ARCH) $(call option,wheel,WHEEL) \
+		$(call option,without,WITHOUT) --out '$(DIST)' $(json)
 
 .PHONY: watch
 watch: $(VENV)/run.stamp ## what upstream's newest release has of the five fixes (VERSION=, VERSION=all)
