@@ -139,7 +139,7 @@ def notice_text(mods: Modifications) -> bytes:
 vllm {mods.version}
 
 This is a modified vLLM, built by vllm-patches from the official release {mods.release.version} (Copyright contributors
-to the vLLM project, Apache License 2.0). vllm-patches is not affiliated with the vLLM project. MODIFICATIONS, beside this
-file, lists every changed file. Report a defect to the vLLM project only where the official release shows it as well.
+to the vLLM project, Apache License 2.0). vllm-patches is not affiliated with the vLLM project. MODIFICATIONS, beside
+this file, lists every changed file. Report a defect to the vLLM project only where its own release shows it as well.
 """
     return text.encode("utf-8")
