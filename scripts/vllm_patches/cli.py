@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--arch", default="", help="x86_64 or aarch64 (default: this machine's)")
     one.add_argument("--out", type=Path, default=Path("dist"), help="where the wheel is put (default: %(default)s)")
     one.add_argument("--without", action="append", default=[], help="leave out a compiled part, such as 0001-native")
+    one.add_argument("--thorough", action="store_true", help="inflate every copied file too and compare with RECORD")
     one = verb("check", _check, "do the patches still apply? to every pin, or to a tree of yours")
     one.add_argument("--pin", action="append", help="only this release (repeatable)")
     one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
@@ -132,7 +133,7 @@ def _build(catalog: Catalog, options: argparse.Namespace) -> int:
     release = release_of(catalog, options.pin, options.wheel)
     built = build_wheel(
         catalog, release, find, options.out, say,
-        given=options.wheel, arch=options.arch, without=tuple(options.without),
+        given=options.wheel, arch=options.arch, without=tuple(options.without), thorough=options.thorough,
     )  # fmt: skip
     _print(options, built, render.built_text(built))
     return 0

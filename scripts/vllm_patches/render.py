@@ -47,7 +47,7 @@ def built_text(built: Built) -> str:
     lines.append(
         table([("fix", "name", "result", "where"), *((r.fix, r.name, r.result, r.reason) for r in built.rows)])
     )
-    lines += [f"{len(built.files)} files changed, {built.copied} copied as they were compressed, each checked"]
+    lines += [f"{len(built.files)} files changed, {built.copied} copied as they were compressed"]
     lines += [*built.notes, f"wheel:  {built.wheel}", f"sha256: {built.sha256} ({built.size} bytes)"]
     return "\n".join(lines)
 

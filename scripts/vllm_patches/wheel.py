@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from vllm_patches.outcome import FixRow, Say
 from vllm_patches.outfile import unnamed
 from vllm_patches.record import Row, dump_record, encoded, parse_record, row_of
 from vllm_patches.sdist import check_hash
-from vllm_patches.wheelfile import Member, ZipWriter, damaged, digest, read_data, read_members
+from vllm_patches.wheelfile import HashedSource, Member, ZipWriter, damaged, digest, read_data, read_members
 
 FindWheel = Callable[[Artifact], Path]
 
@@ -64,27 +64,35 @@ def build_wheel(
     given: Path | None = None,
     arch: str = "",
     without: tuple[str, ...] = (),
+    thorough: bool = False,
 ) -> Built:
-    """Make the patched wheel of *release* in *out*, from the *given* official wheel or the one for *arch*."""
+    """Make the patched wheel of *release* in *out*, from the *given* official wheel or the one for *arch*.
+
+    The official wheel's sha256 is computed from the very bytes that are copied. *thorough* inflates each copied
+    member of the new wheel as well and compares it with upstream's RECORD: three times the work, and it finds nothing
+    that the hash would let through but a broken disk or memory.
+    """
     series = _series(catalog, release)
     kept, left_out = leave_out(series, without)
     version = wheelmeta.local_version(release, without)
     path = given or find_wheel(release.wheel_file(_choose(release, arch)))
     say(f"vLLM {release.version}: building {version} from {path.name}")
-    with Official.open(path, release) as official, unnamed(out) as made, _workers() as pool:
-        whole = pool.submit(_file_hash, official.file)
-        wheel = _identified(official, path, whole)
+    with Official.open(path, release) as official, unnamed(out) as made:
+        wheel = _identified(official, path)
         files = patched_files(official, kept)
         plan = Modifications(
             release, version, wheel, series, catalog.fixes, files, _version_file(official, version), without, left_out
         )
-        sha256, copied = write_wheel(official, plan, made.file, pool)
-        check_hash(path, whole.result(), wheel.size, release.wheel_file(wheel))
+        source = HashedSource(official.file)
+        sha256, copied = write_wheel(official, source, plan, made.file)
+        check_hash(path, source.finish(), wheel.size, release.wheel_file(wheel))
+        if thorough:
+            check_copies(official, made.file, copied)
         target = made.publish(wheelmeta.wheel_name(wheel, version))
         size = target.stat().st_size
     rows = tuple(FixRow(i, fix.slug, fix_result(plan, i), _why(plan, i)) for i, fix in catalog.fixes.items())
     paths = tuple(change.path for change in files)
-    return Built(release.version, version, str(target), sha256, size, wheel.file, rows, paths, copied)
+    return Built(release.version, version, str(target), sha256, size, wheel.file, rows, paths, len(copied))
 
 
 def _why(plan: Modifications, fix_id: str) -> str:
@@ -246,17 +254,17 @@ def _refuse_other(release: Release, path: Path, members: Iterable[str]) -> None:
     )
 
 
-def _identified(official: Official, path: Path, whole: Future[str]) -> Wheel:
+def _identified(official: Official, path: Path) -> Wheel:
     """The recorded wheel that *path* has the size of, whatever its name; its hash is for the caller to compare.
 
-    Where no size fits no hash can, and waiting for it gives the error that names both.
+    Where no size fits no hash can: then hashing it gives the error that names both.
     """
     release, size = official.release, os.fstat(official.file).st_size
     named = [wheel for wheel in release.wheels if wheel.file == path.name]
     fitting = [wheel for wheel in (*named, *release.wheels) if wheel.size == size]
     if not fitting:
         nearest = named[0] if named else _choose(release, "")
-        check_hash(path, whole.result(), size, release.wheel_file(nearest))
+        check_hash(path, HashedSource(official.file).finish(), size, release.wheel_file(nearest))
     return fitting[0]
 
 
@@ -281,18 +289,16 @@ def _version_file(official: Official, version: str) -> tuple[Addition, ...]:
     return (Addition(path, data, "carries the local version, so that nobody takes the build for upstream's"),)
 
 
-def write_wheel(official: Official, mods: Modifications, file: int, pool: ThreadPoolExecutor) -> tuple[str, int]:
-    """Write the patched wheel to the open *file*; returns its sha256 and how many members were copied as they lie.
-
-    What was copied is inflated again from the new file, beside the copying, and compared with upstream's RECORD: so
-    it is the result that is checked, not the source.
-    """
+def write_wheel(
+    official: Official, source: HashedSource, mods: Modifications, file: int
+) -> tuple[str, tuple[Member, ...]]:
+    """Write the patched wheel to the open *file*; returns its sha256 and the members that were copied as they lie."""
     new = _new_contents(official, mods)
-    writer, rows, checks = ZipWriter(file), [], list[Future[None]]()
+    writer, rows, copied = ZipWriter(file), list[Row](), list[Member]()
     for name, member in official.members.items():
         target = _renamed(official, mods, name)
         if target == name and name not in new:
-            checks.append(pool.submit(_check_copy, official, file, writer.copy(official.file, member)))
+            copied.append(writer.copy(source, member))
             rows += [] if member.is_folder else [official.rows[name]]
         elif name != official.info + "RECORD" and not member.is_folder:
             data = new.pop(name) if name in new else official.read(name)
@@ -302,10 +308,8 @@ def write_wheel(official: Official, mods: Modifications, file: int, pool: Thread
     record = _renamed(official, mods, official.info + "RECORD")
     writer.add(record, dump_record([*rows, Row(record)]))
     sha256 = writer.finish()
-    for check in checks:
-        check.result()
     read_members(file, mods.version)  # what was written reads back
-    return sha256, len(checks)
+    return sha256, tuple(copied)
 
 
 def _new_contents(official: Official, mods: Modifications) -> dict[str, bytes]:
@@ -332,27 +336,17 @@ def _store(writer: ZipWriter, name: str, data: bytes, mode: int) -> Row:
     return row_of(name, data)
 
 
-def _check_copy(official: Official, file: int, copied: Member) -> None:
-    """A copied member, read back from the new wheel, is what upstream's RECORD says."""
-    if not copied.is_folder:
-        algorithm = official.rows[copied.name].algorithm
-        official.compare(copied.name, digest(file, copied, algorithm, official.name))
+def check_copies(official: Official, file: int, copied: Iterable[Member]) -> None:
+    """Inflate what was copied from the new wheel, the biggest first, and compare it with upstream's RECORD."""
+    files = sorted((member for member in copied if not member.is_folder), key=lambda m: m.size, reverse=True)
 
+    def check(member: Member) -> None:
+        algorithm = official.rows[member.name].algorithm
+        official.compare(member.name, digest(file, member, algorithm, official.name))
 
-@contextlib.contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads, for inflating and hashing release the interpreter; on an error what is queued is dropped."""
-    pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))  # inflating and hashing release the interpreter
     try:
-        yield pool
+        for done in [pool.submit(check, member) for member in files]:
+            done.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _file_hash(file: int) -> str:
-    """The sha256 of an open file, read by position so that other readers are not disturbed."""
-    hasher, at = hashlib.sha256(), 0
-    while block := os.pread(file, 1 << 20, at):
-        hasher.update(block)
-        at += len(block)
-    return hasher.hexdigest()

@@ -270,6 +270,30 @@ def _blocks(file: int, at: int, length: int) -> Iterator[bytes]:
         yield block
 
 
+class HashedSource:
+    """A file read once from front to back: the bytes that are handed out are the very ones that were hashed."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._at = 0
+        self._hash = hashlib.sha256()
+
+    def blocks(self, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from *start* to *end*; those before that nobody asked for are hashed and passed over."""
+        for block in _blocks(self._file, self._at, start - self._at):
+            self._hash.update(block)
+        for block in _blocks(self._file, start, end - start):
+            self._hash.update(block)
+            yield block
+        self._at = end
+
+    def finish(self) -> str:
+        """The sha256 of the whole file."""
+        for _ in self.blocks(self._at, os.fstat(self._file).st_size):
+            pass
+        return self._hash.hexdigest()
+
+
 class ZipWriter:
     """Writes a zip file to an open descriptor: members copied raw or stored; the same input gives the same bytes."""
 
@@ -279,10 +303,10 @@ class ZipWriter:
         self._hash = hashlib.sha256()
         self._members: list[Member] = []
 
-    def copy(self, source: int, member: Member) -> Member:
+    def copy(self, source: HashedSource, member: Member) -> Member:
         """Append a member of *source* as it lies there: header, compressed bytes, data descriptor."""
         header, length = self._at, member.end - member.header
-        for block in _blocks(source, member.header, length):
+        for block in source.blocks(member.header, member.end):
             self._write(block)
         if self._at - header != length:
             raise damaged(member.name, f"{length} bytes", f"{self._at - header}: the file shrank while it was read")
