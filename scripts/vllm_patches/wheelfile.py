@@ -174,7 +174,7 @@ def _split_zip64(extra: bytes, name: str, where: str) -> tuple[list[int], bytes]
 def _refuse_unsafe(name: str, flags: int, method: int, mode: int, where: str) -> None:
     """What no wheel needs and an installer could be misled by."""
     parts = name.removesuffix("/").split("/")  # an absolute name has an empty first part
-    if {"", ".", ".."} & set(parts) or ":" in parts[0] or {"\\", "\0"} & set(name):
+    if {"", ".", ".."} & set(parts) or ":" in parts[0] or set("\\\0\r\n") & set(name):
         raise damaged(where, "names inside the wheel", repr(name))
     if flags & _ENCRYPTED or method not in (STORED, DEFLATED):
         raise damaged(where, f"{name} stored or deflated", f"method {method}, flags {flags:#x}")
