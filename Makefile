@@ -69,6 +69,10 @@ record: $(VENV)/run.stamp ## write HEAD and blobs of every pin to patches/releas
 test: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## all tests
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
+.PHONY: test-wheels
+test-wheels: $(VENV)/test.stamp ## build from real wheels of four releases, install and unpack the results (1.4 GB from the index)
+	@WHEEL_PINS="$${WHEEL_PINS:-0.18.1 0.19.1 0.20.2 0.21.0}" $(BIN)/python -m pytest tests/wheels
+
 .PHONY: prove
 prove: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## stock fails, patched passes: the table (PIN=all, FIX=0003, JSON=1)
 	@$(BIN)/python tests/repro/proof.py $(call option,pin,PIN) $(call option,fix,FIX) $(json)
