@@ -41,9 +41,10 @@ check: $(RUN_ENV) ## do the patches still apply? (PIN=, SDIST=, TREE=your checko
 	@$(RUN) check $(call option,pin,PIN) $(call option,sdist,SDIST) $(call option,tree,TREE) $(json)
 
 .PHONY: build
-build: $(RUN_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=FILE, WITHOUT=0001-native, DIST=, JSON=1)
+build: $(RUN_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=FILE, WITHOUT=0001-native, CUDA_ARCHS=, TORCH=)
 	@$(RUN) build $(call option,pin,PIN) $(call option,arch,ARCH) $(call option,wheel,WHEEL) \
-		$(call option,without,WITHOUT) --out '$(DIST)' $(json)
+		$(call option,without,WITHOUT) $(call option,cuda-archs,CUDA_ARCHS) $(call option,torch,TORCH) \
+		$(call option,sdist,SDIST) $(if $(strip $(THOROUGH)),--thorough) --out '$(DIST)' $(json)
 
 .PHONY: watch
 watch: $(VENV)/run.stamp ## what upstream's newest release has of the five fixes (VERSION=, VERSION=all)

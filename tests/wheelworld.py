@@ -9,6 +9,8 @@ import difflib
 import hashlib
 import io
 import shutil
+import struct
+import tarfile
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,10 +34,23 @@ def numbered(count: int = 30) -> bytes:
     return b"".join(b"step = %d\n" % n for n in range(count))
 
 
+def fatbin(*archs: int, code: int = 100) -> bytes:
+    """A fat binary as nvcc leaves it: a header, and an entry with *code* bytes for each architecture."""
+    entries = b"".join(
+        struct.pack("<2HIQ12xI32x", 2, 0x101, 64, code, arch) + bytes([arch % 251]) * code for arch in archs
+    )
+    return struct.pack("<4s2HQ", b"\x50\xed\x55\xba", 1, 16, len(entries)) + entries
+
+
+def cuda_bytes() -> bytes:
+    """Two units for sm_70, sm_80 and sm_90, three for Hopper alone, and the name of CUDA 12's runtime."""
+    return fatbin(70, 80, 90) * 2 + b"padding" + fatbin(90) * 3 + b"\0libcudart.so.12\0"
+
+
 def official_files() -> Files:
     """The content of a small vLLM; RECORD is added when it is zipped."""
     return {
-        "vllm/_C.abi3.so": bytes(range(256)) * 40,
+        "vllm/_C.abi3.so": bytes(range(256)) * 40 + cuda_bytes(),
         "vllm/__init__.py": b"",
         OPS: b"import torch\n\ncurrent_platform.import_kernels()\n\nx = 1\n",
         "vllm/_version.py": b"__version__ = version = '0.20.2'\n__version_tuple__ = version_tuple = (0, 20, 2)\n",
@@ -43,7 +58,7 @@ def official_files() -> Files:
         'vllm/data/caf\u00e9, "quoted".txt': "caf\u00e9\n".encode(),
         INFO + "licenses/LICENSE": b"Apache\n",
         INFO + "METADATA": b"Metadata-Version: 2.4\nName: vllm\nVersion: 0.20.2\nLicense-File: LICENSE\n"
-        b"Requires-Dist: torch\n\nVersion: 0.20.2 of the description stays\n",
+        b"Requires-Dist: torch==2.10.0\n\nVersion: 0.20.2 of the description stays\n",
         INFO + "WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: false\nTag: cp38-abi3-linux_x86_64\n",
         INFO + "entry_points.txt": b"[console_scripts]\nvllm = vllm:main\n",
     }
@@ -114,6 +129,15 @@ def patch_bytes(subject: str, changes: dict[str, tuple[bytes, bytes]]) -> bytes:
     return text.encode()
 
 
+def make_sdist(path: Path, files: Files) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(f"vllm-{VERSION}/{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
 @dataclass(frozen=True)
 class WheelWorld:
     """A catalogue whose 0.20.2 has two patches, and the official wheel that it pins."""
@@ -122,6 +146,10 @@ class WheelWorld:
     catalog: Catalog
     official: Path
     after: Files  # the touched files of the wheel, patched
+
+    @property
+    def sdist(self) -> Path:
+        return self.folder / f"vllm-{VERSION}.tar.gz"
 
     @property
     def release(self) -> Release:
@@ -150,8 +178,10 @@ def make_world(folder: Path, data: bytes | None = None, *, native: bool = False,
     states = dict.fromkeys(FIX_IDS, FixState(State.FIXED, "vllm/engine.py:1"))
     states |= {"0001": FixState(State.LIVE, "vllm/engine.py:4"), "0005": FixState(State.ABSENT, "no such code")}
     states |= {"0003": FixState(State.LIVE, "vllm/engine.py:21")}
+    sdist = make_sdist(folder / f"vllm-{VERSION}.tar.gz", {KERNEL: kernel, "csrc/cache.h": b"", ENGINE: files[ENGINE]})
     release = Release(
-        VERSION, datetime.date(2026, 5, 10), f"vllm-{VERSION}.tar.gz", "0" * 64, 1, states, "v0.20.2",
+        VERSION, datetime.date(2026, 5, 10), sdist.name, hashlib.sha256(sdist.read_bytes()).hexdigest(),
+        sdist.stat().st_size, states, "v0.20.2",
         revision=3, wheels=(Wheel(name, hashlib.sha256(data).hexdigest(), len(data)),),
     )  # fmt: skip
     (patches / "releases.toml").write_text(dump_releases({VERSION: release}), encoding="utf-8")

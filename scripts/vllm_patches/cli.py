@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--arch", default="", help="x86_64 or aarch64 (default: this machine's)")
     one.add_argument("--out", type=Path, default=Path("dist"), help="where the wheel is put (default: %(default)s)")
     one.add_argument("--without", action="append", default=[], help="leave out a compiled part, such as 0001-native")
+    one.add_argument("--cuda-archs", default="", help="such as '8.0 9.0' (default: those of the official wheel)")
+    one.add_argument("--torch", type=Path, help="the torch package whose headers are used (default: this Python's)")
+    one.add_argument("--sdist", type=Path, help="the release's sdist, for a compiled part on a machine with no network")
     one.add_argument("--thorough", action="store_true", help="inflate every copied file too and compare with RECORD")
     one = verb("check", _check, "do the patches still apply? to every pin, or to a tree of yours")
     one.add_argument("--pin", action="append", help="only this release (repeatable)")
@@ -123,6 +126,7 @@ def _apply(catalog: Catalog, options: argparse.Namespace) -> int:
 
 
 def _build(catalog: Catalog, options: argparse.Namespace) -> int:
+    from vllm_patches.native import NativeOptions
     from vllm_patches.wheel import build_wheel, release_of
 
     def find(wanted: Artifact) -> Path:
@@ -134,6 +138,7 @@ def _build(catalog: Catalog, options: argparse.Namespace) -> int:
     built = build_wheel(
         catalog, release, find, options.out, say,
         given=options.wheel, arch=options.arch, without=tuple(options.without), thorough=options.thorough,
+        find_sdist=_finder(options.sdist), native=NativeOptions(options.cuda_archs, options.torch),
     )  # fmt: skip
     _print(options, built, render.built_text(built))
     return 0

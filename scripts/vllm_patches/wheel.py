@@ -26,12 +26,15 @@ from vllm_patches.modifications import (
     notice_text,
     patches_json,
 )
+from vllm_patches.native import NativeOptions, Overlay, build_overlay
 from vllm_patches.outcome import FixRow, Say
 from vllm_patches.outfile import unnamed
 from vllm_patches.record import Row, dump_record, encoded, parse_record, row_of
 from vllm_patches.sdist import check_hash
+from vllm_patches.store import FindSdist
 from vllm_patches.wheelfile import HashedSource, Member, ZipWriter, damaged, digest, read_data, read_members
 
+DEFAULT_NATIVE = NativeOptions()
 FindWheel = Callable[[Artifact], Path]
 
 LICENCES = ("MODIFICATIONS", "NOTICE-vllm-patches")
@@ -65,6 +68,8 @@ def build_wheel(
     arch: str = "",
     without: tuple[str, ...] = (),
     thorough: bool = False,
+    find_sdist: FindSdist | None = None,
+    native: NativeOptions = DEFAULT_NATIVE,
 ) -> Built:
     """Make the patched wheel of *release* in *out*, from the *given* official wheel or the one for *arch*.
 
@@ -80,8 +85,13 @@ def build_wheel(
     with Official.open(path, release) as official, unnamed(out) as made:
         wheel = _identified(official, path)
         files = patched_files(official, kept)
+        overlay = Overlay((), {}, ())
+        if compiled := _compiled_parts(kept):
+            check_hash(path, HashedSource(official.file).finish(), wheel.size, release.wheel_file(wheel))
+            overlay = build_overlay(official, wheel.arch, compiled, find_sdist or _no_sdist, native, say)
+        additions = (_version_file(official, version), *overlay.additions)
         plan = Modifications(
-            release, version, wheel, series, catalog.fixes, files, _version_file(official, version), without, left_out
+            release, version, wheel, series, catalog.fixes, files, additions, without, left_out, overlay.info
         )
         source = HashedSource(official.file)
         sha256, copied = write_wheel(official, source, plan, made.file)
@@ -92,7 +102,24 @@ def build_wheel(
         size = target.stat().st_size
     rows = tuple(FixRow(i, fix.slug, fix_result(plan, i), _why(plan, i)) for i, fix in catalog.fixes.items())
     paths = tuple(change.path for change in files)
-    return Built(release.version, version, str(target), sha256, size, wheel.file, rows, paths, len(copied))
+    return Built(
+        release.version, version, str(target), sha256, size, wheel.file, rows, paths, len(copied), overlay.notes
+    )
+
+
+def _compiled_parts(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+    """What of the patches, as they are to be applied, has to be compiled."""
+    parts = [replace(p, files=tuple(f for f in p.files if f.path in native_paths(p))) for p in patches]
+    return tuple(part for part in parts if part.files)
+
+
+def _no_sdist(release: Release) -> Path:
+    raise PatchesError(
+        "the compiled part needs the release's sdist",
+        release=release.version,
+        expected=release.sdist,
+        next_command=f"make build PIN={release.version} SDIST=FILE    # or WITHOUT=0001-native",
+    )
 
 
 def _why(plan: Modifications, fix_id: str) -> str:
@@ -283,10 +310,10 @@ def _touching(patches: Iterable[Patch], path: str) -> tuple[str, ...]:
     return tuple(patch.name for patch in patches if any(file.path == path for file in patch.files))
 
 
-def _version_file(official: Official, version: str) -> tuple[Addition, ...]:
+def _version_file(official: Official, version: str) -> Addition:
     path = wheelmeta.VERSION_FILE
     data = wheelmeta.patched_version_file(official.read(path), official.release.version, version)
-    return (Addition(path, data, "carries the local version, so that nobody takes the build for upstream's"),)
+    return Addition(path, data, "carries the local version, so that nobody takes the build for upstream's")
 
 
 def write_wheel(

@@ -220,7 +220,7 @@ def _check_gap(file: int, member: Member, data_end: int, end: int, described: bo
 
 def read_data(file: int, member: Member, where: str) -> bytes:
     """The content of a small member, its size and CRC checked."""
-    data = b"".join(_inflated(file, member, where))
+    data = b"".join(content(file, member, where))
     if zlib.crc32(data) != member.crc:
         raise damaged(where, f"CRC {member.crc:08x} of {member.name}", f"{zlib.crc32(data):08x}")
     return data
@@ -229,7 +229,7 @@ def read_data(file: int, member: Member, where: str) -> bytes:
 def digest(file: int, member: Member, algorithm: str, where: str) -> bytes:
     """The hash of a member's content, its size and CRC checked; memory does not grow with the member."""
     hasher, crc = hashlib.new(algorithm), 0
-    for block in _inflated(file, member, where):
+    for block in content(file, member, where):
         hasher.update(block)
         crc = zlib.crc32(block, crc)
     if crc != member.crc:
@@ -237,7 +237,7 @@ def digest(file: int, member: Member, algorithm: str, where: str) -> bytes:
     return hasher.digest()
 
 
-def _inflated(file: int, member: Member, where: str) -> Iterator[bytes]:
+def content(file: int, member: Member, where: str) -> Iterator[bytes]:
     """The content in blocks of at most `CHUNK`; exactly as long as the directory says."""
     inflater = zlib.decompressobj(-15) if member.method == DEFLATED else None
     left = member.size
