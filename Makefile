@@ -89,7 +89,7 @@ lint: $(VENV)/test.stamp ## ruff, mypy, workflow and action schemas
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
 
 .PHONY: bench
-bench: $(VENV)/run.stamp ## apply and check against the plain tools, ratios in one run
+bench: $(VENV)/test.stamp ## apply, check and build against the plain tools, ratios in one run
 	@PYTHONPATH=scripts $(BIN)/python ci/bench.py
 
 .PHONY: ci
