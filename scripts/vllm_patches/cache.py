@@ -1,4 +1,4 @@
-"""The cache: sdists by sha256, touched files by git blob id, pristine git packs by sdist.
+"""The cache: sdists and wheels by sha256, touched files by git blob id, pristine git packs by sdist.
 
 Everything in it is content-addressed, checked when it is read, written beside and renamed into place, and can be
 deleted at any time: nothing that `apply` makes links into it. What is being written is locked by its process, so that
@@ -132,6 +132,11 @@ def remove(left: Path) -> None:
 def sdist_path(sha256: str, name: str) -> Path:
     """Where the sdist of that hash is kept."""
     return root() / "sdist" / sha256 / name
+
+
+def wheel_path(sha256: str, name: str) -> Path:
+    """Where the official wheel of that hash is kept."""
+    return root() / "wheel" / sha256 / name
 
 
 def pristine_path(sha256: str) -> Path:

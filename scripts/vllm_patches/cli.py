@@ -17,7 +17,7 @@ from vllm_patches.checkout import apply_checkout
 from vllm_patches.errors import PatchesError
 from vllm_patches.maintain import export_series, record_pins
 from vllm_patches.matrix import readme_path, render_matrix, replace_matrix
-from vllm_patches.model import Release
+from vllm_patches.model import Artifact, Release
 from vllm_patches.outcome import Applied
 from vllm_patches.render import DownloadBar, say
 from vllm_patches.sdist import verified
@@ -81,6 +81,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--build", type=Path, default=Path("build/src"), help="where trees are made (default: %(default)s)"
     )
+    one = verb("build", _build, "make a patched wheel from the official one")
+    one.add_argument("--pin", help=f"release (default: told by --wheel, else {DEFAULT_PIN})")
+    one.add_argument("--wheel", type=Path, help="the official wheel, for a machine with no network")
+    one.add_argument("--arch", default="", help="x86_64 or aarch64 (default: this machine's)")
+    one.add_argument("--out", type=Path, default=Path("dist"), help="where the wheel is put (default: %(default)s)")
+    one.add_argument("--without", action="append", default=[], help="leave out a compiled part, such as 0001-native")
+    one.add_argument("--cuda-archs", default="", help="such as '8.0 9.0' (default: those of the official wheel)")
+    one.add_argument("--torch", type=Path, help="the torch package whose headers are used (default: this Python's)")
+    one.add_argument("--sdist", type=Path, help="the release's sdist, for a compiled part on a machine with no network")
+    one.add_argument("--thorough", action="store_true", help="inflate every copied file too and compare with RECORD")
     one = verb("check", _check, "do the patches still apply? to every pin, or to a tree of yours")
     one.add_argument("--pin", action="append", help="only this release (repeatable)")
     one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
@@ -129,6 +139,25 @@ def _apply(catalog: Catalog, options: argparse.Namespace) -> int:
         release = catalog.release(options.pin or DEFAULT_PIN)
         results = [apply_release(catalog, release, _finder(options.sdist), options.build, say)]
     _print(options, results, "\n\n".join(map(render.applied_text, results)))
+    return 0
+
+
+def _build(catalog: Catalog, options: argparse.Namespace) -> int:
+    from vllm_patches.native import NativeOptions
+    from vllm_patches.wheel import build_wheel, release_of
+
+    def find(wanted: Artifact) -> Path:
+        from vllm_patches.index import fetch_wheel
+
+        return fetch_wheel(wanted, lambda total: DownloadBar(wanted.name, total or wanted.size, sys.stderr))
+
+    release = release_of(catalog, options.pin, options.wheel)
+    built = build_wheel(
+        catalog, release, find, options.out, say,
+        given=options.wheel, arch=options.arch, without=tuple(options.without), thorough=options.thorough,
+        find_sdist=_finder(options.sdist), native=NativeOptions(options.cuda_archs, options.torch),
+    )  # fmt: skip
+    _print(options, built, render.built_text(built))
     return 0
 
 

@@ -127,6 +127,9 @@ def _blobs(catalog: Catalog) -> Iterator[Problem]:
                 yield Problem("blob", f"{where}, {path}", expected, found, "make record")
         if not release.head:
             yield Problem("head", f"patches/releases.toml, release {release.version}", "head", "none", "make record")
+        if not release.revision:
+            where = f"patches/releases.toml, release {release.version}"
+            yield Problem("revision", where, "revision", "none", "make record")
 
 
 def _headers(catalog: Catalog) -> Iterator[Problem]:

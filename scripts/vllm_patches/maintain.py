@@ -110,7 +110,9 @@ def record_pins(catalog: Catalog, find_sdist: FindSdist) -> dict[str, bool]:
         files = touched_files(release, sdist, series.paths)
         blobs = {path: blob_id(data) for path, data in files.items()}
         head = series_head(release, series, pristine_objects(release, sdist))
-        updated[release.version] = replace(release, head=head, blobs=blobs)
+        # The revision is a version that users see: it must never stand for two states of the series.
+        revision = release.revision if release.revision and head == release.head else release.revision + 1
+        updated[release.version] = replace(release, head=head, blobs=blobs, revision=revision)
     changed = {version: updated[version] != catalog.releases[version] for version in updated}
     write_releases(catalog, updated)
     return changed

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vllm_patches.commits import Entry
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import Release
+from vllm_patches.model import Artifact, Release
 
 
 def open_sdist(path: Path, release: Release) -> bytes:
@@ -41,22 +41,24 @@ def _read(path: Path, release: Release) -> bytes:
             file=str(path),
             next_command=f"ls -l {path}",
         ) from error
-    check_hash(path, hashlib.sha256(data).hexdigest(), len(data), release)
+    check_hash(path, hashlib.sha256(data).hexdigest(), len(data), release.sdist_file)
     return data
 
 
-def check_hash(path: Path, found: str, size: int, release: Release) -> None:
-    """Raise the error that names both hashes unless *found* is the release's."""
-    if found == release.sha256:
+def check_hash(path: Path, found: str, size: int, wanted: Artifact) -> None:
+    """Raise the error that names both hashes unless *found* is the recorded one."""
+    if found == wanted.sha256:
         return
-    kind = "truncated" if size < release.size else "not the recorded file"
+    kind = "truncated" if size < wanted.size else "not the recorded file"
+    verb = "apply" if wanted.kind == "sdist" else "build"
     raise PatchesError(
-        f"the sdist is {kind}: its sha256 is wrong",
-        release=release.version,
+        f"the {wanted.kind} is {kind}: its sha256 is wrong",
+        release=wanted.release,
         file=str(path),
-        expected=f"{release.sha256} ({release.size} bytes)",
+        expected=f"{wanted.sha256} ({wanted.size} bytes)",
         found=f"{found} ({size} bytes)",
-        next_command=f"make apply PIN={release.version}    # fetches it again; or SDIST=FILE for a good copy",
+        next_command=f"make {verb} PIN={wanted.release}    "
+        f"# fetches it again; or {wanted.kind.upper()}=FILE for a good copy",
     )
 
 

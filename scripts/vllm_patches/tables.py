@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import FIX_IDS, Fix, FixState, Release, State
+from vllm_patches.model import FIX_IDS, Fix, FixState, Release, State, Wheel
 
 HEADER = """\
 # Every vLLM release from 0.16.0 on, oldest first, and the state of each of the five defects in it.
@@ -26,6 +26,8 @@ HEADER = """\
 # evidence  the line of the release's source that decides it
 # note      the parts that differ; "by reading" marks what was concluded from the code and not run
 # blobs     the pristine git blob ids of the files that the series touches
+# revision  how many heads were recorded for the release: the N of a patched wheel's version, VERSION+patches.N
+# wheels    every official wheel by sha256; where there are several for a machine, pip takes the highest build number
 """
 
 
@@ -62,6 +64,8 @@ def _dump_release(release: Release) -> str:
         f"size = {release.size}",
     ]
     lines += [f'{key} = "{value}"' for key in ("series", "head") if (value := getattr(release, key))]
+    lines += [f"revision = {release.revision}"] if release.revision else []
+    lines += _dump_wheels(release.wheels)
     lines.append("[release.state]")
     for fix_id, state in release.states.items():
         note = f', note = "{_escape(state.note)}"' if state.note else ""
@@ -70,6 +74,16 @@ def _dump_release(release: Release) -> str:
         lines.append("[release.blobs]")
         lines += [f'"{path}" = "{blob}"' for path, blob in sorted(release.blobs.items())]
     return "\n".join(lines) + "\n"
+
+
+def _dump_wheels(wheels: tuple[Wheel, ...]) -> list[str]:
+    if not wheels:
+        return []
+    rows = [
+        f'    {{ file = "{w.file}", size = {w.size}, sha256 = "{w.sha256}" }},'
+        for w in sorted(wheels, key=lambda wheel: wheel.file)
+    ]
+    return ["wheels = [", *rows, "]"]
 
 
 def _escape(text: str) -> str:
@@ -121,6 +135,8 @@ def _release(row: dict[str, Any], path: Path) -> Release:
             series=row.get("series", ""),
             head=row.get("head", ""),
             blobs=dict(row.get("blobs", {})),
+            revision=row.get("revision", 0),
+            wheels=tuple(Wheel(w["file"], w["sha256"], w["size"]) for w in row.get("wheels", [])),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise _bad(path, f"a complete block for {row.get('version', '?')}", f"{error!r}") from error
