@@ -118,14 +118,13 @@ def discard_unstarted(found: Installation) -> None:
 
 def _parse(found: Installation, phase: Phase, raw: object) -> Journal:
     try:
-        assert isinstance(raw, dict)
-        if raw.pop("schema") != SCHEMA:
-            raise ValueError("another schema: it is of another version of this tool")
+        if not isinstance(raw, dict) or raw.pop("schema") != SCHEMA:
+            raise ValueError("another form: it is of another version of this tool, or not ours")
         files = tuple(Entry(**entry) for entry in raw.pop("files"))
         for key in ("without", "compiled", "created"):
             raw[key] = tuple(raw[key])
         journal = Journal(files=files, **raw)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(found, phase, repr(error)) from error
     _check_inside(found, phase, journal)
     return journal
