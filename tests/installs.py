@@ -12,10 +12,12 @@ import os
 import py_compile
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_patches.catalog import Catalog
+from vllm_patches.errors import PatchesError
 from vllm_patches.hunks import blob_id
 from vllm_patches.model import FIX_IDS, FixState, Release, State
 from vllm_patches.patchfile import FROM_LINE
@@ -217,9 +219,16 @@ def killed_at(step: int, action: Callable[[], object]) -> bool:
 
 
 def in_child(action: Callable[[], object], prepare: Callable[[], None] = lambda: None) -> int:
-    """Fork, prepare, act; 0, 1 where *action* raised a `PatchesError`, or minus the signal that ended it."""
-    from vllm_patches.errors import PatchesError
+    """The exit status of `told_by_child`."""
+    return told_by_child(action, prepare)[0]
 
+
+def told_by_child(action: Callable[[], object], prepare: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    """Fork, prepare, act; 0, 1 where *action* raised a `PatchesError`, or minus the signal that ended it; its message.
+
+    The message comes through a pipe, which no limit on the size of files cuts short.
+    """
+    ours, theirs = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 3
@@ -228,8 +237,13 @@ def in_child(action: Callable[[], object], prepare: Callable[[], None] = lambda:
             action()
             code = 0
         except PatchesError as error:
-            os.write(2, f"{error}\n".encode())
+            os.write(theirs, str(error).encode())
             code = 1
+        except BaseException:
+            os.write(theirs, traceback.format_exc().encode())
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as pipe:
+        text = pipe.read().decode()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
