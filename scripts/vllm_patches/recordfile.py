@@ -74,5 +74,5 @@ def _path(line: bytes) -> str:
 def _row(path: str, data: bytes | None) -> bytes:
     text = io.StringIO(newline="")
     known = ("", "") if data is None else (digest(data), len(data))
-    csv.writer(text, lineterminator="").writerow((path, *known))
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    csv.writer(text, lineterminator="\n").writerow((path, *known))
+    return text.getvalue()[:-1].encode("utf-8", "surrogateescape")
