@@ -43,7 +43,7 @@ def claim_problems(artifact: Artifact, claims: Claims) -> Iterator[str]:
     for path, entry in claims["files"].items():
         if problem := _file_problem(artifact, path, entry):
             yield problem
-    yield from _native_problems(artifact, claims)
+    yield from _addition_problems(artifact, claims)
     yield from _record_problems(artifact, list(claims["files"]))
 
 
@@ -90,23 +90,30 @@ def _file_problem(artifact: Artifact, path: str, entry: dict[str, Any]) -> str:
     return f"{MANIFEST} claims that {path} is patched, but the file {what}"
 
 
-def _native_problems(artifact: Artifact, claims: Claims) -> Iterator[str]:
-    """The rebuilt extension of a patched wheel, and the Python hook that loads it."""
-    for path, wanted in native_files(claims).items():
+def _addition_problems(artifact: Artifact, claims: Claims) -> Iterator[str]:
+    """What a build added to the package: the rebuilt extension, the hook that loads it, the version files."""
+    for path, wanted in _additions(claims).items():
         found = _sha256(artifact.read(path))
         if not found:
-            yield f"{MANIFEST} claims the native part {path}, but it is not there"
+            yield f"{MANIFEST} claims that {path} was added, but it is not there"
         elif wanted and found != wanted:
-            yield f"{MANIFEST} claims the native part {path}, but the file was changed since"
+            yield f"{MANIFEST} claims that {path} was added, but the file was changed since"
 
 
-def native_files(claims: Claims) -> dict[str, str]:
-    """The files of the native part and their sha256, as far as patches.json gives them."""
-    native = claims.get("native") or {}
-    files = native.get("files", {}) if isinstance(native, dict) else {}
-    if not isinstance(files, dict):
-        return {}
-    return {path: entry.get("sha256", "") if isinstance(entry, dict) else str(entry) for path, entry in files.items()}
+def has_native(claims: Claims | None) -> bool:
+    """Whether the package claims a rebuilt extension in place of upstream's compiled code."""
+    return bool(claims and claims.get("native")) and any(path.endswith(".so") for path in _additions(claims or {}))
+
+
+def _additions(claims: Claims) -> dict[str, str]:
+    """Every file that is not of the series, and its sha256 as far as patches.json gives it."""
+    native = claims.get("native")
+    files = native.get("files") if isinstance(native, dict) else None
+    listed = (
+        {path: entry for path, entry in files.items() if isinstance(entry, dict)} if isinstance(files, dict) else {}
+    )
+    listed |= {entry["path"]: entry for entry in claims.get("not_of_the_series", ()) if "path" in entry}
+    return {path: str(entry.get("sha256", "")) for path, entry in listed.items()}
 
 
 def _record_problems(artifact: Artifact, paths: list[str]) -> Iterator[str]:

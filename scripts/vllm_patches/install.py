@@ -22,7 +22,7 @@ from vllm_patches.installation import Installation, default_site, find_installat
 from vllm_patches.journal import Entry, Journal, Phase
 from vllm_patches.model import Disposition, Release
 from vllm_patches.outcome import FixRow, Say, fix_rows
-from vllm_patches.patchset import PatchSet, check_without, manifest, plan
+from vllm_patches.patchset import PatchSet, check_without, manifest, modifications, plan
 from vllm_patches.restore import check_restorable, compiled_files, restore
 
 
@@ -148,8 +148,9 @@ def _refuse_foreign(found: Installation, patch_set: PatchSet) -> None:
             raise _foreign(found, path, "a folder in the site folder", "a link that leads out of it")
     if found.record.is_symlink():
         raise _foreign(found, found.inside(found.record), "a file", "a link")
-    if found.manifest.exists():
-        raise _foreign(found, found.inside(found.manifest), "none before an install", "one that install did not write")
+    for live in (found.manifest, found.modifications):
+        if live.exists():
+            raise _foreign(found, found.inside(live), "none before an install", "one that install did not write")
 
 
 def _foreign(found: Installation, path: str, expected: str, seen: str) -> PatchesError:
@@ -164,10 +165,11 @@ def _foreign(found: Installation, path: str, expected: str, seen: str) -> Patche
 
 
 def _install(catalog: Catalog, found: Installation, patch_set: PatchSet) -> None:
-    text = json.dumps(manifest(catalog, patch_set, found.version), indent=1, ensure_ascii=False) + "\n"
-    journal, record = _prepare(found, patch_set, text.encode())
-    new = {change.path: change.after for change in patch_set.changes}
-    new |= {found.inside(found.manifest): text.encode(), found.inside(found.record): record}
+    claims = json.dumps(manifest(catalog, patch_set, found.version), indent=1, ensure_ascii=False) + "\n"
+    texts = {found.manifest: claims, found.modifications: modifications(catalog, patch_set, found.version)}
+    created = {found.inside(path): text.encode() for path, text in texts.items()}
+    journal, record = _prepare(found, patch_set, created)
+    new = {change.path: change.after for change in patch_set.changes} | created | {found.inside(found.record): record}
     try:
         journals.start(found, journal)
         _keep_originals(found, journal)
@@ -180,18 +182,17 @@ def _install(catalog: Catalog, found: Installation, patch_set: PatchSet) -> None
         raise
 
 
-def _prepare(found: Installation, patch_set: PatchSet, text: bytes) -> tuple[Journal, bytes]:
+def _prepare(found: Installation, patch_set: PatchSet, created: dict[str, bytes]) -> tuple[Journal, bytes]:
     """The journal, and the RECORD as it will be: with every file that is then there."""
     entries = tuple(Entry(c.path, _sha256(c.before), _sha256(c.after)) for c in patch_set.changes)
     compiled = tuple(compiled_files(found, [change.path for change in patch_set.changes]))
     before = found.record.read_bytes()
     series = series_hash(patch_set.series)
-    created = (found.inside(found.manifest),)
     release, tool = patch_set.release.version, f"vllm-patches {__version__}"
-    draft = Journal(release, tool, series, patch_set.without, entries, compiled, created, "")
+    draft = Journal(release, tool, series, patch_set.without, entries, compiled, tuple(created), "")
     # The hash of RECORD stands in the journal, and the hash of the journal in RECORD: so RECORD gives none for it.
     put: dict[str, bytes | None] = {change.path: change.after for change in patch_set.changes}
-    put |= {created[0]: text, next(journals.ours(found, draft)): None}
+    put |= {**created, next(journals.ours(found, draft)): None}
     kept = {change.path: change.before for change in patch_set.changes} | {found.inside(found.record): before}
     kept |= {path: (found.site / path).read_bytes() for path in compiled}
     put |= {found.inside(journals.original(found, path)): data for path, data in kept.items()}
@@ -213,7 +214,7 @@ def _swap(found: Installation, journal: Journal) -> None:
         _expect(found, live, entry.after)
     for path in compiled_files(found, [entry.path for entry in journal.files]):
         (found.site / path).unlink(missing_ok=True)
-    for live in (found.manifest, found.record):
+    for live in (found.modifications, found.manifest, found.record):
         swap.rename(swap.beside(live), live)
     journals.move(found, Phase.INSTALLING, Phase.INSTALLED)
 

@@ -16,6 +16,7 @@ from vllm_patches.model import Release
 
 STATE = "vllm-patches"  # the folder inside the dist-info that is ours: journal and original files
 MANIFEST = "patches.json"
+MODIFICATIONS = "MODIFICATIONS"
 _DIST_INFO = re.compile(r"vllm-[^-]+\.dist-info")
 _SITES = ("lib/python3*/site-packages", "lib/python3*/dist-packages", "lib64/python3*/site-packages")
 
@@ -37,6 +38,11 @@ class Installation:
     def manifest(self) -> Path:
         """Where ``patches.json`` is, or would be."""
         return self.dist_info / MANIFEST
+
+    @property
+    def modifications(self) -> Path:
+        """Where the notice of change is, or would be."""
+        return self.dist_info / MODIFICATIONS
 
     @property
     def record(self) -> Path:

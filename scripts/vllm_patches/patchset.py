@@ -110,6 +110,24 @@ def manifest(catalog: Catalog, patch_set: PatchSet, version: str) -> dict[str, A
     }
 
 
+def modifications(catalog: Catalog, patch_set: PatchSet, version: str) -> str:
+    """The notice of change that Apache-2.0, section 4(b) asks for: an image with the package in it is passed on."""
+    lines = [
+        f"vLLM {version}, modified in place by vllm-patches {__version__}, series {patch_set.series.name}.",
+        "vllm-patches is not affiliated with the vLLM project. These files were changed:",
+    ]
+    for change in patch_set.changes:
+        lines += ["", change.path, *(f"  {_origin(catalog, patch_set, name)}" for name in change.patches)]
+    lines += [f"\nLeft out on request: {', '.join(patch_set.left_out)}"] if patch_set.left_out else []
+    return "\n".join([*lines, "", "All other files are as they were installed.", ""])
+
+
+def _origin(catalog: Catalog, patch_set: PatchSet, name: str) -> str:
+    patch = next(patch for patch in patch_set.series.patches if patch.name == name)
+    pulls = ", ".join(f"#{number}" for number in catalog.fixes[patch.number].upstream_pr)
+    return f"{name}: {patch.subject} (upstream: {pulls})"
+
+
 def _fix_entry(catalog: Catalog, patch_set: PatchSet, fix_id: str) -> dict[str, Any]:
     disposition = patch_set.release.disposition(fix_id)
     if disposition is not Disposition.APPLIED:

@@ -15,8 +15,8 @@ from vllm_patches.claims import (
     Claims,
     changed_files,
     claim_problems,
+    has_native,
     hidden_problems,
-    native_files,
     read_claims,
     state_problems,
 )
@@ -202,7 +202,7 @@ def _judged(sites: tuple[Site, ...]) -> Status:
 def _native(look: _Look, fix_id: str, patch: Patch, seen: FixStatus) -> FixStatus:
     """The C++ part of a fix in a package, where it can only be a rebuilt extension."""
     sources = [file.path for file in patch.files if not is_packaged(file.path)]
-    if not (look.artifact.kind.compiled and sources) or (look.claims and native_files(look.claims)):
+    if not (look.artifact.kind.compiled and sources) or has_native(look.claims):
         return seen
     name = f"{fix_id}-native"
     detail = "; ".join(

@@ -144,12 +144,35 @@ def test_a_rebuilt_extension_stands_for_the_native_part(catalog: Catalog, tmp_pa
     (tmp_path / "s" / "vllm" / "_override.so").write_bytes(b"elf")
     claims["native"] = {"files": {"vllm/_override.so": {"sha256": "0" * 64}}}
     path.write_text(json.dumps(claims))
-    assert any("native part vllm/_override.so" in problem for problem in verify(catalog, tmp_path / "s").problems)
+    assert any(
+        "vllm/_override.so was added, but the file was changed" in problem
+        for problem in verify(catalog, tmp_path / "s").problems
+    )
     claims["native"]["files"]["vllm/_override.so"]["sha256"] = hashlib.sha256(b"elf").hexdigest()
     path.write_text(json.dumps(claims))
     assert verify(catalog, tmp_path / "s").ok
     (tmp_path / "s" / "vllm" / "_override.so").unlink()
-    assert not verify(catalog, tmp_path / "s").ok
+    assert any("_override.so was added, but it is not there" in p for p in verify(catalog, tmp_path / "s").problems)
+    claims["native"]["files"] = {}
+    path.write_text(json.dumps(claims))
+    assert verify(catalog, tmp_path / "s").fixes[0].status is Status.PARTLY  # a claim without a file is none
+
+
+def test_files_that_a_build_added(catalog: Catalog, site: Path) -> None:
+    install(catalog, site)
+    path = site / INFO / "patches.json"
+    claims = json.loads(path.read_text())
+    version = site / "vllm" / "_version.py"
+    claims["not_of_the_series"] = [
+        {"path": "vllm/_version.py", "why": "x", "sha256": hashlib.sha256(version.read_bytes()).hexdigest()},
+        {"path": "vllm/hook.py", "why": "x"},
+    ]
+    path.write_text(json.dumps(claims))
+    assert verify(catalog, site).problems == ("patches.json claims that vllm/hook.py was added, but it is not there",)
+    (site / "vllm" / "hook.py").write_text("")
+    assert verify(catalog, site).ok
+    version.write_text("x")
+    assert "_version.py was added, but the file was changed since" in verify(catalog, site).problems[0]
 
 
 def test_wheels(catalog: Catalog, site: Path, tmp_path: Path) -> None:
