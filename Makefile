@@ -38,6 +38,10 @@ apply: $(RUN_ENV) ## a patched work tree of a release (PIN=, SRC=, SDIST=, BUILD
 check: $(RUN_ENV) ## do the patches still apply? (PIN=, SDIST=, TREE=your checkout, JSON=1)
 	@$(RUN) check $(call option,pin,PIN) $(call option,sdist,SDIST) $(call option,tree,TREE) $(json)
 
+.PHONY: verify
+verify: ## which of the five an installed package, wheel, sdist or tree has (TREE=, WHEEL= or SDIST=, JSON=1)
+	@PYTHONPATH=scripts $(PYTHON) -m vllm_patches verify $(foreach what,$(TREE) $(WHEEL) $(SDIST),'$(what)') $(json)
+
 .PHONY: watch
 watch: $(VENV)/run.stamp ## what upstream's newest release has of the five fixes (VERSION=, VERSION=all)
 	@$(RUN) watch $(call option,version,VERSION) $(json)

@@ -13,6 +13,7 @@ import py_compile
 import signal
 import sys
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -149,6 +150,23 @@ def put_in(site: Path, version: str, *, files: Files | None = None) -> Path:
         rows.writerow((path.relative_to(site).as_posix(), "", ""))
     (info / "RECORD").write_text(text.getvalue(), encoding="utf-8")
     return info
+
+
+def make_wheel(folder: Path, version: str) -> Path:
+    """The same vLLM as a wheel that pip takes."""
+    info = f"vllm-{version}.dist-info"
+    files = {name: data for name, data in sources(version).items() if name.startswith("vllm/")}
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.4\nName: vllm\nVersion: {version}\n".encode()
+    files[f"{info}/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerows((name, record_hash(data), len(data)) for name, data in files.items())
+    rows.writerow((f"{info}/RECORD", "", ""))
+    path = folder / f"vllm-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {**files, f"{info}/RECORD": text.getvalue().encode()}.items():
+            archive.writestr(name, data)
+    return path
 
 
 def record_hash(data: bytes) -> str:
