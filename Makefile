@@ -46,6 +46,10 @@ build: $(RUN_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=F
 		$(call option,without,WITHOUT) $(call option,cuda-archs,CUDA_ARCHS) $(call option,torch,TORCH) \
 		$(call option,sdist,SDIST) $(if $(strip $(THOROUGH)),--thorough) --out '$(DIST)' $(json)
 
+.PHONY: verify
+verify: ## which of the five an installed package, wheel, sdist or tree has (TREE=, WHEEL= or SDIST=, JSON=1)
+	@PYTHONPATH=scripts $(PYTHON) -m vllm_patches verify $(foreach what,$(TREE) $(WHEEL) $(SDIST),'$(what)') $(json)
+
 .PHONY: watch
 watch: $(VENV)/run.stamp ## what upstream's newest release has of the five fixes (VERSION=, VERSION=all)
 	@$(RUN) watch $(call option,version,VERSION) $(json)

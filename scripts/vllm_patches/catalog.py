@@ -14,12 +14,16 @@ from vllm_patches.patchfile import read_patch
 from vllm_patches.tables import load_fixes, load_releases
 
 DEFAULT_PIN = "0.20.2"
+PACKAGED = "data"  # `patches/` under the name that pyproject.toml gives it inside the installed package
 
 
 def patches_dir() -> Path:
-    """The catalogue's folder: ``$VLLM_PATCHES_DIR``, or ``patches/`` of this checkout."""
+    """The catalogue's folder: ``$VLLM_PATCHES_DIR``, else the installed package's own, else this checkout's."""
     given = os.environ.get("VLLM_PATCHES_DIR")
-    return Path(given) if given else Path(__file__).resolve().parents[2] / "patches"
+    if given:
+        return Path(given)
+    installed = Path(__file__).resolve().with_name(PACKAGED)
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "patches"
 
 
 @dataclass(frozen=True)

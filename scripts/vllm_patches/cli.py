@@ -15,6 +15,7 @@ from vllm_patches.catalog import DEFAULT_PIN, Catalog, open_catalog
 from vllm_patches.check import check_catalog
 from vllm_patches.checkout import apply_checkout
 from vllm_patches.errors import PatchesError
+from vllm_patches.install import install, uninstall
 from vllm_patches.maintain import export_series, record_pins
 from vllm_patches.matrix import readme_path, render_matrix, replace_matrix
 from vllm_patches.model import Artifact, Release
@@ -23,6 +24,7 @@ from vllm_patches.render import DownloadBar, say
 from vllm_patches.sdist import verified
 from vllm_patches.store import FindSdist
 from vllm_patches.treecheck import check_tree
+from vllm_patches.verify import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
     one.add_argument("--tree", type=Path, help="your own checkout, fork or unpacked sdist; it is only read")
     one.add_argument("--strict", action="store_true", help="with --tree: an offset is a failure too")
+    one = verb("install", _install, "patch an installed vLLM in place; all of it or nothing")
+    one.add_argument("--site", type=Path, help="its site folder or environment (default: the current environment)")
+    one.add_argument("--without", action="append", default=[], metavar="PART", help="give up a part: 0001-native")
+    one = verb("uninstall", _uninstall, "put back every byte that install changed")
+    one.add_argument("--site", type=Path, help="the site folder or environment (default: the current environment)")
+    one = verb("verify", _verify, "which of the five an installed package, wheel, sdist or source tree has")
+    one.add_argument("path", type=Path, nargs="?", help="default: the current environment")
+    one.add_argument("--without", action="append", default=[], metavar="PART", help="accept that a part is left out")
     one = verb("watch", _watch, "what upstream's newest release has of the five fixes, by its code")
     one.add_argument("--version", default="", help="a release, or 'all' that are recorded (default: the newest)")
     one = verb("new-pin", _new_pin, "take a release into the tables, and say what is left to do")
@@ -214,6 +224,24 @@ def _check(catalog: Catalog, options: argparse.Namespace) -> int:
     checked = check_catalog(catalog, pins or catalog.pins, _finder(options.sdist))
     _print(options, checked, render.check_text(checked))
     return 0 if checked.ok else 1
+
+
+def _install(catalog: Catalog, options: argparse.Namespace) -> int:
+    result = install(catalog, options.site, options.without, say)
+    _print(options, result, render.installed_text(result))
+    return 0
+
+
+def _uninstall(catalog: Catalog, options: argparse.Namespace) -> int:
+    result = uninstall(options.site, say)
+    _print(options, result, render.installed_text(result))
+    return 0
+
+
+def _verify(catalog: Catalog, options: argparse.Namespace) -> int:
+    report = verify(catalog, options.path, options.without)
+    _print(options, report, render.verified_text(report))
+    return 0 if report.ok else 1
 
 
 def _watch(catalog: Catalog, options: argparse.Namespace) -> int:
