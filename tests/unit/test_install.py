@@ -390,6 +390,18 @@ def test_a_reinstall_over_the_patches(catalog: Catalog, site: Path) -> None:
     assert snapshot(site, times=False) == pristine
 
 
+def test_what_an_older_kill_left_beside_a_file_is_no_obstacle(catalog: Catalog, site: Path) -> None:
+    """Killed, then uninstalled and installed again by pip, which does not know of such files."""
+    clean = site.parent / "clean"
+    put_in(clean, "0.20.2")
+    install(catalog, clean)
+    for name in (WORKER, "vllm-0.20.2.dist-info/RECORD"):
+        path = site / name
+        path.with_name(f".{path.name}.vllm-patches-new").write_bytes(b"left")
+    assert install(catalog, site).outcome is InstallOutcome.INSTALLED
+    assert snapshot(site, times=False).keys() == snapshot(clean, times=False).keys()
+
+
 def test_what_pip_uninstalls_is_everything(catalog: Catalog, site: Path) -> None:
     install(catalog, site)
     for name in record_rows(site):
