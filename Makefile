@@ -1,6 +1,7 @@
 # vllm-patches: `make apply` and `make test` do all set-up on a machine with Python >= 3.11, git and make.
 #
 #   make apply [PIN=0.20.2|all] [SRC=/path/to/checkout] [SDIST=FILE]   a patched tree under build/src, or a branch
+#   make build [PIN=0.20.2] [WHEEL=FILE] [WITHOUT=0001-native]         a patched wheel in dist/, from the official one
 #   make check [PIN=...] [SDIST=FILE] [TREE=DIR]                       do the patches still apply?
 #   make test                                                          all tests
 #   make ci                                                            what CI runs
@@ -14,12 +15,13 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?= python3
 VENV ?= .venv
 BUILD ?= build/src
+DIST ?= dist
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-# Given the source, apply and check need neither the network nor the one library that talks to the index:
+# Given the source, apply, check and build need neither the network nor the one library that talks to the index:
 # then the plain interpreter runs them, and no environment is made.
-OFFLINE := $(strip $(SRC)$(SDIST)$(TREE))
+OFFLINE := $(strip $(SRC)$(SDIST)$(TREE)$(WHEEL))
 RUN := PYTHONPATH=scripts $(if $(OFFLINE),$(PYTHON),$(BIN)/python) -m vllm_patches
 RUN_ENV := $(if $(OFFLINE),,$(VENV)/run.stamp)
 
@@ -37,6 +39,12 @@ apply: $(RUN_ENV) ## a patched work tree of a release (PIN=, SRC=, SDIST=, BUILD
 .PHONY: check
 check: $(RUN_ENV) ## do the patches still apply? (PIN=, SDIST=, TREE=your checkout, JSON=1)
 	@$(RUN) check $(call option,pin,PIN) $(call option,sdist,SDIST) $(call option,tree,TREE) $(json)
+
+.PHONY: build
+build: $(RUN_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=FILE, WITHOUT=0001-native, CUDA_ARCHS=, TORCH=)
+	@$(RUN) build $(call option,pin,PIN) $(call option,arch,ARCH) $(call option,wheel,WHEEL) \
+		$(call option,without,WITHOUT) $(call option,cuda-archs,CUDA_ARCHS) $(call option,torch,TORCH) \
+		$(call option,sdist,SDIST) $(if $(strip $(THOROUGH)),--thorough) --out '$(DIST)' $(json)
 
 .PHONY: verify
 verify: ## which of the five an installed package, wheel, sdist or tree has (TREE=, WHEEL= or SDIST=, JSON=1)
@@ -64,7 +72,11 @@ record: $(VENV)/run.stamp ## write HEAD and blobs of every pin to patches/releas
 
 .PHONY: test
 test: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## all tests
-	@$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
+	@$(BIN)/python -m pytest -n auto --dist loadgroup $(TESTS)
+
+.PHONY: test-wheels
+test-wheels: $(VENV)/test.stamp ## build from real wheels of four releases, install and unpack the results (1.4 GB from the index)
+	@WHEEL_PINS="$${WHEEL_PINS:-0.18.1 0.19.1 0.20.2 0.21.0}" $(BIN)/python -m pytest tests/wheels
 
 .PHONY: prove
 prove: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## stock fails, patched passes: the table (PIN=all, FIX=0003, JSON=1)
@@ -81,7 +93,7 @@ lint: $(VENV)/test.stamp ## ruff, mypy, workflow and action schemas
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
 
 .PHONY: bench
-bench: $(VENV)/run.stamp ## apply and check against the plain tools, ratios in one run
+bench: $(VENV)/test.stamp ## apply, check and build against the plain tools, ratios in one run
 	@PYTHONPATH=scripts $(BIN)/python ci/bench.py
 
 .PHONY: ci
@@ -107,16 +119,16 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "  next:     sudo apt-get install --yes python3-venv" >&2; exit 1; }
 
 $(VENV)/run.stamp: ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $< (2 MB)" >&2
+	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
 	@$(PIP) install -c ci/constraints.txt -r $<
 	@touch $@
 
 $(VENV)/test.stamp: ci/requirements-test.txt ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $< (45 MB)" >&2
+	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
 	@$(PIP) install -c ci/constraints.txt -r $<
 	@touch $@
 
 $(VENV)/proof.stamp: ci/requirements-proof.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $< (about 700 MB with a CPU build of torch; takes 2 GB on disk)" >&2
+	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
 	@$(PIP) install -c ci/constraints.txt -r $<
 	@touch $@

@@ -1,4 +1,4 @@
-"""Speed of `apply` and `check` against the plain tools: paired runs, medians, ratios (`make bench`).
+"""Speed of `apply`, `check` and `build` against the plain tools: paired runs, medians, ratios (`make bench`).
 
 Every pair runs A B A B ... so that both see the same machine. Times are seconds of wall clock of whole processes, the
 interpreter's start included. Nothing here is a test: machines differ, the ratios are what to quote.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vllm_patches import cache
 from vllm_patches.catalog import open_catalog
-from vllm_patches.index import fetch_sdist
+from vllm_patches.index import fetch_sdist, fetch_wheel
 from vllm_patches.model import Release
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
@@ -38,6 +38,7 @@ def main() -> None:
         bench_apply(scratch, CATALOG.release("0.20.2"), sdists["0.20.2"])
         bench_check_warm(scratch, sdists)
         bench_check_cold(scratch, sdists)
+        bench_build(scratch, CATALOG.release("0.20.2"))
 
 
 def bench_apply(scratch: Path, release: Release, sdist: Path) -> None:
@@ -114,6 +115,51 @@ def bench_check_cold(scratch: Path, sdists: dict[str, Path]) -> None:
     ratio = compare("check, all pins, cold", lambda: run(check), "tar + quilt push -a, all pins", by_hand, forget)
     compare("check, all pins, cold", lambda: run(check), "floor: gzip -dc of each sdist", inflate, forget)
     print(f"wanted: at least 2x faster than tar + quilt; is {1 / ratio:.1f}x")
+
+
+def bench_build(scratch: Path, release: Release) -> None:
+    """`build` from a cached wheel against `wheel unpack`, an edit and `wheel pack`, against copying, and thorough."""
+    official = release.wheel_for("x86_64")
+    assert official is not None
+    cached = fetch_wheel(release.wheel_file(official))
+    out, plain = scratch / "dist", scratch / "unpacked"
+    build = [sys.executable, "-m", "vllm_patches", "build", "--pin", release.version, "--arch", "x86_64"]
+    build += ["--without=0001-native"] if any(p.startswith("csrc/") for p in CATALOG.series_of(release).paths) else []
+
+    def ours() -> None:
+        run([*build, "--out", str(out)])
+
+    def by_hand() -> None:
+        run([sys.executable, "-m", "wheel", "unpack", "--dest", str(plain), str(cached)])
+        tree = plain / f"vllm-{release.version}"
+        for path in CATALOG.series_of(release).paths:
+            if (tree / path).is_file():
+                (tree / path).write_bytes((tree / path).read_bytes() + b"# edited\n")
+        run([sys.executable, "-m", "wheel", "pack", "--dest-dir", str(plain), str(tree)])
+
+    def copy() -> None:
+        out.mkdir(exist_ok=True)
+        run(["cp", str(cached), str(out)])
+
+    def fresh() -> None:
+        for folder in (out, plain):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    name = f"build of {release.version} ({official.size / 1e6:.0f} MB)"
+    ratio = compare(name, ours, "wheel unpack, edit, wheel pack", by_hand, fresh)
+    compare(name, ours, "cp of the wheel", copy, fresh)
+    compare(f"{name}, thorough", lambda: run([*build, "--out", str(out), "--thorough"]), name, ours, fresh)
+    peak = peak_memory([*build, "--out", str(out)])
+    print(f"wanted: at least 20x faster than unpacking and packing; is {1 / ratio:.1f}x")
+    print(f"wanted: a peak below 200 MB; is {peak:.0f} MB")
+
+
+def peak_memory(command: list[str]) -> float:
+    """The most memory that a command held, in MB. Its parent is small: Linux hands the peak on to a child."""
+    code = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, "
+    code += "stderr=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, text=True)
+    return int(done.stdout) / 1000
 
 
 def extract(folder: Path, version: str, sdist: Path) -> Path:

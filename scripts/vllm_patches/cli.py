@@ -18,9 +18,10 @@ from vllm_patches.errors import PatchesError
 from vllm_patches.install import install, uninstall
 from vllm_patches.maintain import export_series, record_pins
 from vllm_patches.matrix import readme_path, render_matrix, replace_matrix
-from vllm_patches.model import Release
+from vllm_patches.model import Artifact, Release
 from vllm_patches.outcome import Applied
 from vllm_patches.render import DownloadBar, say
+from vllm_patches.sdist import verified
 from vllm_patches.store import FindSdist
 from vllm_patches.treecheck import check_tree
 from vllm_patches.verify import verify
@@ -31,21 +32,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         verb: Callable[[Catalog, argparse.Namespace], int] = options.verb
-        return verb(open_catalog(), options)
+        status = verb(open_catalog(), options)
+        print(end="", flush=True)  # here, not in the interpreter's last breath, shows what cannot be written
+        return status
     except PatchesError as error:
-        if options.json:
-            print(json.dumps({"error": error.as_dict()}, indent=1))
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _report(error, options)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:
-        print(f"error: {error}\n  next:     ls -ld {error.filename or '.'}", file=sys.stderr)
-        return 1
+        return _report(PatchesError(str(error), next_command=f"ls -ld {error.filename or '.'}"), options)
     except KeyboardInterrupt:
         print("interrupted; nothing half-made is left, run it again", file=sys.stderr)
         return 130
+
+
+def _report(error: PatchesError, options: argparse.Namespace) -> int:
+    """Print an error, as JSON too where that was asked for; standard output may be what has failed."""
+    print(f"error: {error}", file=sys.stderr)
+    try:
+        if options.json:
+            print(json.dumps({"error": error.as_dict()}, indent=1))
+        print(end="", flush=True)
+    except OSError:
+        _drop_output()
+    return 1
+
+
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere, or the interpreter would complain about it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +83,16 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--build", type=Path, default=Path("build/src"), help="where trees are made (default: %(default)s)"
     )
+    one = verb("build", _build, "make a patched wheel from the official one")
+    one.add_argument("--pin", help=f"release (default: told by --wheel, else {DEFAULT_PIN})")
+    one.add_argument("--wheel", type=Path, help="the official wheel, for a machine with no network")
+    one.add_argument("--arch", default="", help="x86_64 or aarch64 (default: this machine's)")
+    one.add_argument("--out", type=Path, default=Path("dist"), help="where the wheel is put (default: %(default)s)")
+    one.add_argument("--without", action="append", default=[], help="leave out a compiled part, such as 0001-native")
+    one.add_argument("--cuda-archs", default="", help="such as '8.0 9.0' (default: those of the official wheel)")
+    one.add_argument("--torch", type=Path, help="the torch package whose headers are used (default: this Python's)")
+    one.add_argument("--sdist", type=Path, help="the release's sdist, for a compiled part on a machine with no network")
+    one.add_argument("--thorough", action="store_true", help="inflate every copied file too and compare with RECORD")
     one = verb("check", _check, "do the patches still apply? to every pin, or to a tree of yours")
     one.add_argument("--pin", action="append", help="only this release (repeatable)")
     one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
@@ -101,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 def _finder(sdist: Path | None) -> FindSdist:
     """Where sdists come from: the given file, else the cache and the index."""
     if sdist is not None:
-        return lambda release: sdist
+        return lambda release: verified(sdist, release)
 
     def fetch(release: Release) -> Path:
         from vllm_patches.index import fetch_sdist  # the network's own library is needed from here on only
@@ -113,6 +139,7 @@ def _finder(sdist: Path | None) -> FindSdist:
 
 def _apply(catalog: Catalog, options: argparse.Namespace) -> int:
     if options.src is not None:
+        _need_no_sdist(options, "--src")
         release = catalog.release(options.pin) if options.pin else None
         results = [apply_checkout(catalog, options.src, release)]
     elif options.pin == "all":
@@ -122,6 +149,25 @@ def _apply(catalog: Catalog, options: argparse.Namespace) -> int:
         release = catalog.release(options.pin or DEFAULT_PIN)
         results = [apply_release(catalog, release, _finder(options.sdist), options.build, say)]
     _print(options, results, "\n\n".join(map(render.applied_text, results)))
+    return 0
+
+
+def _build(catalog: Catalog, options: argparse.Namespace) -> int:
+    from vllm_patches.native import NativeOptions
+    from vllm_patches.wheel import build_wheel, release_of
+
+    def find(wanted: Artifact) -> Path:
+        from vllm_patches.index import fetch_wheel
+
+        return fetch_wheel(wanted, lambda total: DownloadBar(wanted.name, total or wanted.size, sys.stderr))
+
+    release = release_of(catalog, options.pin, options.wheel)
+    built = build_wheel(
+        catalog, release, find, options.out, say,
+        given=options.wheel, arch=options.arch, without=tuple(options.without), thorough=options.thorough,
+        find_sdist=_finder(options.sdist), native=NativeOptions(options.cuda_archs, options.torch),
+    )  # fmt: skip
+    _print(options, built, render.built_text(built))
     return 0
 
 
@@ -137,6 +183,29 @@ def _need_one_pin(options: argparse.Namespace) -> None:
         )
 
 
+def _need_no_sdist(options: argparse.Namespace, other: str) -> None:
+    """A checkout has its own files; an option that would be passed over in silence is refused."""
+    if options.sdist is not None:
+        raise PatchesError(
+            f"--sdist is of no use with {other}",
+            file=str(options.sdist),
+            expected="one of the two",
+            found="both",
+            next_command=f"vllm-patches apply --pin {DEFAULT_PIN} --sdist {options.sdist}",
+        )
+
+
+def _need_at_most_one_pin(options: argparse.Namespace) -> None:
+    if len(options.pin or []) > 1:
+        raise PatchesError(
+            "--tree needs the one release that it is held against",
+            file=str(options.tree),
+            expected="one --pin, or none",
+            found=", ".join(options.pin),
+            next_command=f"vllm-patches check --tree {options.tree} --pin {options.pin[0]}",
+        )
+
+
 def _apply_or_state(catalog: Catalog, release: Release, options: argparse.Namespace) -> Applied:
     if not release.series:
         return states_only(catalog, release)
@@ -146,6 +215,8 @@ def _apply_or_state(catalog: Catalog, release: Release, options: argparse.Namesp
 def _check(catalog: Catalog, options: argparse.Namespace) -> int:
     pins = [catalog.release(pin) for pin in options.pin or []]
     if options.tree is not None:
+        _need_no_sdist(options, "--tree")
+        _need_at_most_one_pin(options)
         report = check_tree(catalog, options.tree, pins[0] if pins else None)
         _print(options, report, render.tree_text(report))
         return 0 if (report.exact if options.strict else report.ok) else 1

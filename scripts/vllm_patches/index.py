@@ -1,10 +1,11 @@
-"""The package index: find a release's sdist and fetch it. The only module that uses the network."""
+"""The package index: find a release's sdist and wheels and fetch them. The only module that uses the network."""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ from urllib.parse import urlsplit
 
 from vllm_patches import cache
 from vllm_patches.errors import PatchesError
+from vllm_patches.model import Wheel
 from vllm_patches.pipconf import PipSettings, read_settings
 from vllm_patches.sdist import check_hash
 
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage, ProgressTracker, PyPISimple
 
-    from vllm_patches.model import Release
+    from vllm_patches.model import Artifact, Release
 
 PROJECT = "vllm"
 _FINAL = re.compile(r"\d+(\.\d+)+")
@@ -33,12 +35,24 @@ def fetch_sdist(release: Release, progress: Progress | None = None) -> Path:
     target = cache.sdist_path(release.sha256, release.sdist)
     if target.is_file() and _file_hash(target) == release.sha256:
         return target
+    return _fetch(release.sdist_file, target, progress)
+
+
+def fetch_wheel(wanted: Artifact, progress: Progress | None = None) -> Path:
+    """An official wheel, likewise; a cached one is told by its size alone, for who reads it hashes it anyway."""
+    target = cache.wheel_path(wanted.sha256, wanted.name)
+    if target.is_file() and target.stat().st_size == wanted.size:
+        return target
+    return _fetch(wanted, target, progress)
+
+
+def _fetch(wanted: Artifact, target: Path, progress: Progress | None) -> Path:
     settings = read_settings()
     with cache.written_beside(target) as beside:
-        _obtain(release, settings, beside, progress)
+        _obtain(wanted, settings, beside, progress)
         found = _file_hash(beside)
-        if found != release.sha256:
-            _keep_aside(release, beside, target, found)
+        if found != wanted.sha256:
+            _keep_aside(wanted, beside, target, found)
     return target
 
 
@@ -71,24 +85,51 @@ def version_key(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def _obtain(release: Release, settings: PipSettings, target: Path, progress: Progress | None) -> None:
-    """Put the sdist at *target*: from a local folder of pip's, else from the first index that has it."""
+def list_wheels(version: str) -> tuple[Wheel, ...]:
+    """Every wheel of a release that the user's indexes offer with a hash and have not yanked, by name."""
+    settings = read_settings()
+    found: dict[str, Wheel] = {}
+    for client in _clients(settings):
+        for package in _packages(client, settings):
+            sha256 = package.digests.get("sha256", "")
+            wanted = package.version == version and package.package_type == "wheel" and not package.is_yanked
+            if wanted and sha256 and package.filename not in found:
+                size = package.size or _content_length(client, package, settings)
+                found[package.filename] = Wheel(package.filename, sha256, size)
+    return tuple(found[name] for name in sorted(found))
+
+
+def _content_length(client: PyPISimple, package: DistributionPackage, settings: PipSettings) -> int:
+    """The size of a file whose index page does not state it."""
+    from requests import RequestException
+
+    try:
+        reply = client.s.head(package.url, allow_redirects=True, timeout=settings.timeout)
+        reply.raise_for_status()
+    except RequestException as error:
+        raise _unreachable(client, error) from error
+    return int(reply.headers["Content-Length"])
+
+
+def _obtain(wanted: Artifact, settings: PipSettings, target: Path, progress: Progress | None) -> None:
+    """Put the file at *target*: from a local folder of pip's, else from the first index that has it."""
     for folder in settings.local_folders:
-        for candidate in (folder / release.sdist, folder / PROJECT / release.sdist):
+        for candidate in (folder / wanted.name, folder / PROJECT / wanted.name):
             if candidate.is_file():
-                target.write_bytes(candidate.read_bytes())
+                shutil.copyfile(candidate, target)
                 return
     for client in _clients(settings):
         for package in _packages(client, settings):
-            if package.filename == release.sdist:
+            if package.filename == wanted.name:
                 _download(client, package, target, settings, progress)
                 return
+    verb = "apply" if wanted.kind == "sdist" else "build"
     raise PatchesError(
-        "no configured package index offers the sdist",
-        release=release.version,
-        expected=release.sdist,
+        f"no configured package index offers the {wanted.kind}",
+        release=wanted.release,
+        expected=wanted.name,
         found=f"nothing of that name at: {_places(settings)}",
-        next_command=f"pip config list    # or: make apply PIN={release.version} SDIST=FILE",
+        next_command=f"pip config list    # or: make {verb} PIN={wanted.release} {wanted.kind.upper()}=FILE",
     )
 
 
@@ -122,7 +163,7 @@ def _client(settings: PipSettings, index: str) -> PyPISimple:
 
 def _packages(client: PyPISimple, settings: PipSettings) -> list[DistributionPackage]:
     """What one index offers of vLLM; an index that does not know the project offers nothing."""
-    from pypi_simple import NoSuchProjectError
+    from pypi_simple import NoSuchProjectError, UnsupportedRepoVersionError
     from requests import RequestException
 
     try:
@@ -131,6 +172,8 @@ def _packages(client: PyPISimple, settings: PipSettings) -> list[DistributionPac
         return []
     except RequestException as error:
         raise _unreachable(client, error) from error
+    except (ValueError, UnsupportedRepoVersionError) as error:  # a login page, a portal, another protocol
+        raise _unreachable(client, error, "the package index does not answer as one") from error
 
 
 def _download(
@@ -149,12 +192,12 @@ def _download(
         raise _unreachable(client, error) from error
 
 
-def _keep_aside(release: Release, beside: Path, target: Path, found: str) -> None:
+def _keep_aside(wanted: Artifact, beside: Path, target: Path, found: str) -> None:
     """Keep a download with the wrong hash where it can be looked at, and raise the error that names it."""
     aside = target.with_name(f"{target.name}.rejected-{found[:12]}")
     size = beside.stat().st_size
     beside.replace(aside)
-    check_hash(aside, found, size, release)
+    check_hash(aside, found, size, wanted)
 
 
 def _file_hash(path: Path) -> str:
@@ -168,10 +211,17 @@ def _places(settings: PipSettings) -> str:
     return ", ".join([*remote, *map(str, settings.local_folders)]) or "nowhere (pip's no-index is set)"
 
 
-def _unreachable(client: PyPISimple, error: Exception) -> PatchesError:
+def _unreachable(
+    client: PyPISimple, error: Exception, what: str = "the package index cannot be reached"
+) -> PatchesError:
     return PatchesError(
-        "the package index cannot be reached",
+        what,
         file=urlsplit(client.endpoint).hostname or "",
-        found=f"{type(error).__name__}: {str(error)[:300]}",
+        found=f"{type(error).__name__}: {without_credentials(str(error))[:300]}",
         next_command="pip download --no-deps pypi-simple    # does pip get through? offline: make apply SDIST=FILE",
     )
+
+
+def without_credentials(text: str) -> str:
+    """*text* with the user and password of every URL in it left out."""
+    return re.sub(r"://[^/\s]*@", "://", text)

@@ -6,6 +6,7 @@ import datetime
 from dataclasses import dataclass, field
 from enum import Enum
 
+ARCHS = ("x86_64", "aarch64")
 FIX_IDS = ("0001", "0002", "0003", "0004", "0005")
 
 IDENT_NAME = "vllm-patches maintainers"
@@ -145,8 +146,47 @@ class FixState:
 
 
 @dataclass(frozen=True)
+class Artifact:
+    """One file that upstream released, pinned: *kind* is "sdist" or "wheel", *size* is in bytes."""
+
+    kind: str
+    release: str
+    name: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One official wheel of a release; *size* is in bytes."""
+
+    file: str
+    sha256: str
+    size: int
+
+    @property
+    def tags(self) -> list[str]:
+        """Build tag (where there is one), Python, ABI and platform tag: what stands behind the version."""
+        return self.file.removesuffix(".whl").split("-")[2:]
+
+    @property
+    def build(self) -> int:
+        """The number of the build tag, by which pip chooses among equals; 0 without one."""
+        return int(self.tags[0]) if len(self.tags) == 4 else 0
+
+    @property
+    def arch(self) -> str:
+        """The machine it is for, as `uname -m` prints it."""
+        return next((arch for arch in ARCHS if self.file.endswith(f"_{arch}.whl")), "")
+
+
+@dataclass(frozen=True)
 class Release:
-    """One upstream release. *size* is in bytes; *head* and *blobs* are recorded where there is a series."""
+    """One upstream release. *size* is in bytes; *head*, *revision* and *blobs* are recorded where there is a series.
+
+    *revision* counts the states of the series that were recorded for this release: `make record` raises it by one
+    when the head changes, so it is data and grows; it is the N of a patched wheel's version ``+patches.N``.
+    """
 
     version: str
     date: datetime.date
@@ -157,6 +197,21 @@ class Release:
     series: str = ""
     head: str = ""  # the commit that `apply` ends in
     blobs: dict[str, str] = field(default_factory=dict)  # touched file -> pristine git blob id
+    revision: int = 0  # 0: not recorded
+    wheels: tuple[Wheel, ...] = ()  # all official ones, by name
+
+    @property
+    def sdist_file(self) -> Artifact:
+        """The sdist as what is fetched."""
+        return Artifact("sdist", self.version, self.sdist, self.sha256, self.size)
+
+    def wheel_file(self, wheel: Wheel) -> Artifact:
+        """One of the wheels as what is fetched."""
+        return Artifact("wheel", self.version, wheel.file, wheel.sha256, wheel.size)
+
+    def wheel_for(self, arch: str) -> Wheel | None:
+        """The wheel that pip would choose on that machine: the highest build number."""
+        return max((w for w in self.wheels if w.arch == arch), key=lambda w: w.build, default=None)
 
     def disposition(self, fix_id: str) -> Disposition:
         """What this release gets for *fix_id*."""

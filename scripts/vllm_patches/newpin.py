@@ -9,7 +9,7 @@ from vllm_patches.apply import make_tree
 from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
 from vllm_patches.hunks import split_lines
-from vllm_patches.index import list_offers, version_key
+from vllm_patches.index import list_offers, list_wheels, version_key
 from vllm_patches.maintain import write_releases
 from vllm_patches.model import Release
 from vllm_patches.outcome import Say
@@ -42,7 +42,7 @@ def new_pin(catalog: Catalog, version: str, find_sdist: FindSdist, build: Path, 
         )
     release = provisional(version, list_offers())
     sdist = find_sdist(release)
-    release = replace(release, size=sdist.stat().st_size)
+    release = replace(release, size=sdist.stat().st_size, wheels=list_wheels(version))
     nearest = min(catalog.pins, key=lambda pin: _distance(pin.version, version))
     neighbour = min(catalog.releases.values(), key=lambda known: _distance(known.version, version))
     release = replace(release, states=propose(release, sdist, neighbour))

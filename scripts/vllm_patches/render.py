@@ -20,6 +20,7 @@ from vllm_patches.verify import Verified
 if TYPE_CHECKING:
     from vllm_patches.newpin import NewPin
     from vllm_patches.watch import WatchReport
+    from vllm_patches.wheel import Built
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -39,6 +40,17 @@ def applied_text(result: Applied) -> str:
     if result.outcome is ApplyOutcome.ALREADY:
         lines.append("nothing was changed")
     lines += result.notes
+    return "\n".join(lines)
+
+
+def built_text(built: Built) -> str:
+    """The table of five, the files that changed, and the wheel to install."""
+    lines = [f"vLLM {built.release}: built {built.version} from {built.from_wheel}"]
+    lines.append(
+        table([("fix", "name", "result", "where"), *((r.fix, r.name, r.result, r.reason) for r in built.rows)])
+    )
+    lines += [f"{len(built.files)} files changed, {built.copied} copied as they were compressed"]
+    lines += [*built.notes, f"wheel:  {built.wheel}", f"sha256: {built.sha256} ({built.size} bytes)"]
     return "\n".join(lines)
 
 

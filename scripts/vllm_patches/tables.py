@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import FIX_IDS, Fix, FixState, Release, State
+from vllm_patches.model import FIX_IDS, Fix, FixState, Release, State, Wheel
 
 HEADER = """\
 # Every vLLM release from 0.16.0 on, oldest first, and the state of each of the five defects in it.
@@ -24,13 +26,15 @@ HEADER = """\
 # evidence  the line of the release's source that decides it
 # note      the parts that differ; "by reading" marks what was concluded from the code and not run
 # blobs     the pristine git blob ids of the files that the series touches
+# revision  how many heads were recorded for the release: the N of a patched wheel's version, VERSION+patches.N
+# wheels    every official wheel by sha256; where there are several for a machine, pip takes the highest build number
 """
 
 
 def load_fixes(path: Path) -> dict[str, Fix]:
     """The five fixes by id, in order."""
-    rows = _load(path).get("fix", [])
-    return {row["id"]: _fix(row, path) for row in rows}
+    fixes = [_fix(row, path) for row in _load(path).get("fix", [])]
+    return {fix.id: fix for fix in fixes}
 
 
 def load_releases(path: Path) -> dict[str, Release]:
@@ -60,6 +64,8 @@ def _dump_release(release: Release) -> str:
         f"size = {release.size}",
     ]
     lines += [f'{key} = "{value}"' for key in ("series", "head") if (value := getattr(release, key))]
+    lines += [f"revision = {release.revision}"] if release.revision else []
+    lines += _dump_wheels(release.wheels)
     lines.append("[release.state]")
     for fix_id, state in release.states.items():
         note = f', note = "{_escape(state.note)}"' if state.note else ""
@@ -70,8 +76,19 @@ def _dump_release(release: Release) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _dump_wheels(wheels: tuple[Wheel, ...]) -> list[str]:
+    if not wheels:
+        return []
+    rows = [
+        f'    {{ file = "{w.file}", size = {w.size}, sha256 = "{w.sha256}" }},'
+        for w in sorted(wheels, key=lambda wheel: wheel.file)
+    ]
+    return ["wheels = [", *rows, "]"]
+
+
 def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
+    """The inside of a TOML basic string; JSON's escapes are TOML's, but for DEL, which only TOML forbids."""
+    return json.dumps(text, ensure_ascii=False)[1:-1].replace("\x7f", "\\u007f")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -99,8 +116,8 @@ def _fix(row: dict[str, Any], path: Path) -> Fix:
             parts=tuple(row["parts"]),
             upstream_commit=row.get("upstream_commit", ""),
         )
-    except KeyError as error:
-        raise _bad(path, f"fix {row.get('id', '?')} to have the key {error}", "none") from error
+    except (KeyError, TypeError) as error:
+        raise _bad(path, f"a complete block for fix {row.get('id', '?')}", f"{error!r}") from error
 
 
 def _release(row: dict[str, Any], path: Path) -> Release:
@@ -110,7 +127,7 @@ def _release(row: dict[str, Any], path: Path) -> Release:
             raise _bad(path, f"release {row['version']} to state {', '.join(FIX_IDS)}", ", ".join(states))
         return Release(
             version=row["version"],
-            date=row["date"],
+            date=_date(row["date"]),
             sdist=row["sdist"],
             sha256=row["sha256"],
             size=row["size"],
@@ -118,13 +135,21 @@ def _release(row: dict[str, Any], path: Path) -> Release:
             series=row.get("series", ""),
             head=row.get("head", ""),
             blobs=dict(row.get("blobs", {})),
+            revision=row.get("revision", 0),
+            wheels=tuple(Wheel(w["file"], w["sha256"], w["size"]) for w in row.get("wheels", [])),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise _bad(path, f"a complete block for {row.get('version', '?')}", f"{error!r}") from error
 
 
 def _state(row: dict[str, str]) -> FixState:
     return FixState(State(row["state"]), row["evidence"], row.get("note", ""))
+
+
+def _date(value: object) -> datetime.date:
+    if not isinstance(value, datetime.date):
+        raise ValueError(f"date = {value!r}: a TOML date has no quotes")
+    return value
 
 
 def _bad(path: Path, expected: str, found: str) -> PatchesError:

@@ -1,0 +1,379 @@
+"""`build`: a patched wheel from the official one. Only what a patch touches is new; the rest stays compressed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vllm_patches import wheelmeta
+from vllm_patches.catalog import DEFAULT_PIN, Catalog
+from vllm_patches.errors import PatchesError
+from vllm_patches.hunks import apply_patch
+from vllm_patches.model import ARCHS, Artifact, Patch, Release, Series, Wheel
+from vllm_patches.modifications import (
+    PATCHES_JSON,
+    Addition,
+    FileChange,
+    Modifications,
+    fix_result,
+    modifications_text,
+    notice_text,
+    patches_json,
+)
+from vllm_patches.native import NativeOptions, Overlay, build_overlay
+from vllm_patches.outcome import FixRow, Say
+from vllm_patches.outfile import unnamed
+from vllm_patches.record import Row, dump_record, encoded, parse_record, row_of
+from vllm_patches.sdist import check_hash
+from vllm_patches.store import FindSdist
+from vllm_patches.wheelfile import HashedSource, Member, ZipWriter, damaged, digest, read_data, read_members
+
+DEFAULT_NATIVE = NativeOptions()
+FindWheel = Callable[[Artifact], Path]
+
+LICENCES = ("MODIFICATIONS", "NOTICE-vllm-patches")
+_UNSIGNED = ("RECORD.jws", "RECORD.p7s")  # not listed in RECORD, by the specification
+
+
+@dataclass(frozen=True)
+class Built:
+    """The result of `build`."""
+
+    release: str
+    version: str
+    wheel: str
+    sha256: str
+    size: int
+    from_wheel: str
+    rows: tuple[FixRow, ...]
+    files: tuple[str, ...]
+    copied: int
+    notes: tuple[str, ...] = ()
+
+
+def build_wheel(
+    catalog: Catalog,
+    release: Release,
+    find_wheel: FindWheel,
+    out: Path,
+    say: Say,
+    *,
+    given: Path | None = None,
+    arch: str = "",
+    without: tuple[str, ...] = (),
+    thorough: bool = False,
+    find_sdist: FindSdist | None = None,
+    native: NativeOptions = DEFAULT_NATIVE,
+) -> Built:
+    """Make the patched wheel of *release* in *out*, from the *given* official wheel or the one for *arch*.
+
+    The official wheel's sha256 is computed from the very bytes that are copied. *thorough* inflates each copied
+    member of the new wheel as well and compares it with upstream's RECORD: three times the work, and it finds nothing
+    that the hash would let through but a broken disk or memory.
+    """
+    series = _series(catalog, release)
+    kept, left_out = leave_out(series, without)
+    version = wheelmeta.local_version(release, without)
+    path = given or find_wheel(release.wheel_file(_choose(release, arch)))
+    say(f"vLLM {release.version}: building {version} from {path.name}")
+    with Official.open(path, release) as official, unnamed(out) as made:
+        wheel = _identified(official, path)
+        files = patched_files(official, kept)
+        overlay = Overlay((), {}, ())
+        if compiled := _compiled_parts(kept):
+            check_hash(path, HashedSource(official.file).finish(), wheel.size, release.wheel_file(wheel))
+            overlay = build_overlay(official, wheel.arch, compiled, find_sdist or _no_sdist, native, say)
+        additions = (_version_file(official, version), *overlay.additions)
+        plan = Modifications(
+            release, version, wheel, series, catalog.fixes, files, additions, without, left_out, overlay.info
+        )
+        source = HashedSource(official.file)
+        sha256, copied = write_wheel(official, source, plan, made.file)
+        check_hash(path, source.finish(), wheel.size, release.wheel_file(wheel))
+        if thorough:
+            check_copies(official, made.file, copied)
+        target = made.publish(wheelmeta.wheel_name(wheel, version))
+        size = target.stat().st_size
+    rows = tuple(FixRow(i, fix.slug, fix_result(plan, i), _why(plan, i)) for i, fix in catalog.fixes.items())
+    paths = tuple(change.path for change in files)
+    return Built(
+        release.version, version, str(target), sha256, size, wheel.file, rows, paths, len(copied), overlay.notes
+    )
+
+
+def _compiled_parts(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+    """What of the patches, as they are to be applied, has to be compiled."""
+    parts = [replace(p, files=tuple(f for f in p.files if f.path in native_paths(p))) for p in patches]
+    return tuple(part for part in parts if part.files)
+
+
+def _no_sdist(release: Release) -> Path:
+    raise PatchesError(
+        "the compiled part needs the release's sdist",
+        release=release.version,
+        expected=release.sdist,
+        next_command=f"make build PIN={release.version} SDIST=FILE    # or WITHOUT=0001-native",
+    )
+
+
+def _why(plan: Modifications, fix_id: str) -> str:
+    """The files that were changed for a fix and those left out; without a patch, the release's own state."""
+    patch = next((patch for patch in plan.series.patches if patch.number == fix_id), None)
+    if patch is None:
+        state = plan.release.states[fix_id]
+        return f"{state.state.value} ({state.evidence})"
+    changed = ", ".join(change.path for change in plan.files if patch.name in change.patches)
+    left_out = ", ".join(plan.left_out.get(fix_id, ()))
+    return "; ".join(filter(None, (changed, left_out and f"left out: {left_out}")))
+
+
+def release_of(catalog: Catalog, pin: str | None, given: Path | None) -> Release:
+    """The release that is meant: the *pin*, else the one in the given wheel's name, else the default."""
+    if pin or given is None:
+        return catalog.release(pin or DEFAULT_PIN)
+    named = given.name.split("-")[1].partition("+")[0] if given.name.startswith("vllm-") else ""
+    if named in catalog.releases:
+        return catalog.release(named)
+    raise PatchesError(
+        "the wheel's name does not say which release it is",
+        file=str(given),
+        expected="vllm-<release>-….whl, or the release by name",
+        next_command=f"make build WHEEL={given} PIN={DEFAULT_PIN}",
+    )
+
+
+def _series(catalog: Catalog, release: Release) -> Series:
+    series = catalog.series_of(release)
+    if series.patches:
+        return series
+    raise PatchesError(
+        "there is no series for this release, so there is nothing to build",
+        release=release.version,
+        expected=f"a release with a series: {', '.join(r.version for r in catalog.pins)}",
+        next_command=f"make build PIN={DEFAULT_PIN}",
+    )
+
+
+def leave_out(series: Series, without: tuple[str, ...]) -> tuple[tuple[Patch, ...], dict[str, list[str]]]:
+    """The patches as they are to be applied, and by fix the files whose part is left out."""
+    known = [f"{patch.number}-native" for patch in series.patches if native_paths(patch)]
+    for name in without:
+        if name not in known:
+            raise PatchesError(
+                "nothing of that name can be left out",
+                file=series.name,
+                expected=", ".join(known) or "no WITHOUT: this series is Python only",
+                found=name,
+                next_command="make build",
+            )
+    left_out = {p.number: native_paths(p) for p in series.patches if f"{p.number}-native" in without}
+    kept = [
+        replace(p, files=tuple(f for f in p.files if f.path not in left_out.get(p.number, ()))) for p in series.patches
+    ]
+    return tuple(patch for patch in kept if patch.files), left_out
+
+
+def native_paths(patch: Patch) -> list[str]:
+    """The files of a patch that have to be compiled: whatever lies outside the package."""
+    return [file.path for file in patch.files if not file.path.startswith("vllm/")]
+
+
+def _choose(release: Release, arch: str) -> Wheel:
+    wanted = arch or platform.machine()
+    wheel = release.wheel_for(wanted)
+    if wheel is None:
+        known = [name for name in ARCHS if release.wheel_for(name)]
+        raise PatchesError(
+            "no official wheel is recorded for this machine",
+            release=release.version,
+            expected=f"one of {', '.join(known)}" if known else "wheels in patches/releases.toml",
+            found=wanted,
+            next_command=f"make build PIN={release.version} ARCH={known[0]}" if known else "make new-pin",
+        )
+    return wheel
+
+
+@dataclass(frozen=True)
+class Official:
+    """An open official wheel: its members by name, and its RECORD, which agree about the files."""
+
+    file: int
+    release: Release
+    name: str
+    members: Mapping[str, Member]
+    rows: Mapping[str, Row]
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path, release: Release) -> Iterator[Official]:
+        """Open and look through *path*; raises `PatchesError` for what is no untouched wheel of *release*."""
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise PatchesError(
+                f"cannot read the wheel: {error.strerror}", file=str(path), next_command=f"ls -l {path}"
+            ) from error
+        try:
+            members = {member.name: member for member in read_members(file, path.name)}
+            _refuse_other(release, path, members)
+            record = members[wheelmeta.dist_info(release.version) + "RECORD"]
+            official = cls(
+                file, release, path.name, members, parse_record(read_data(file, record, path.name), path.name)
+            )
+            official._compare_names()
+            yield official
+        finally:
+            os.close(file)
+
+    @property
+    def info(self) -> str:
+        """The metadata folder, with its slash."""
+        return wheelmeta.dist_info(self.release.version)
+
+    def read(self, name: str) -> bytes:
+        """A small member's content, once it is what RECORD says."""
+        if name not in self.members:
+            raise damaged(self.name, f"a file {name}", "none")
+        data = read_data(self.file, self.members[name], self.name)
+        row = self.rows[name]
+        self.compare(name, hashlib.new(row.algorithm, data).digest())
+        return data
+
+    def compare(self, name: str, found: bytes) -> None:
+        """Raise unless *found* is the digest that RECORD has for *name*, and the sizes agree."""
+        row, size = self.rows[name], self.members[name].size
+        if row.digest != encoded(found) or row.size not in (None, size):
+            expected, has = f"{name} {row.digest}, {row.size} bytes", f"{encoded(found)}, {size} bytes"
+            raise damaged(self.name, f"what RECORD says: {expected}", has)
+
+    def _compare_names(self) -> None:
+        free = {self.info + name for name in ("RECORD", *_UNSIGNED)}
+        files = {name for name, member in self.members.items() if not member.is_folder} - free
+        hashed = {path for path, row in self.rows.items() if row.algorithm}
+        if signed := [name for name in _UNSIGNED if self.info + name in self.members]:
+            raise damaged(self.name, "a wheel without a signature, for a changed one would break it", signed[0])
+        for name in sorted(files ^ hashed):
+            expected = "every file in RECORD with its hash" if name in files else "every file that RECORD lists"
+            raise damaged(self.name, expected, f"{name}: {'no such row' if name in files else 'no such file'}")
+
+
+def _refuse_other(release: Release, path: Path, members: Iterable[str]) -> None:
+    """An already patched wheel, another package, or another release."""
+    folders = {name.split("/")[0] for name in members if ".dist-info/" in name}
+    if folders == {wheelmeta.dist_info(release.version).rstrip("/")}:
+        if wheelmeta.dist_info(release.version) + "RECORD" in members:
+            return
+        raise damaged(path.name, "a RECORD", "none")
+    patched = any(wheelmeta.MARK in folder for folder in folders)
+    raise PatchesError(
+        "the wheel is patched already; nothing was written" if patched else "the wheel is not of this release",
+        release=release.version,
+        file=str(path),
+        expected=f"the metadata folder vllm-{release.version}.dist-info",
+        found=", ".join(sorted(folders)) or "none",
+        next_command=f"make build PIN={release.version}    # from the official wheel",
+    )
+
+
+def _identified(official: Official, path: Path) -> Wheel:
+    """The recorded wheel that *path* has the size of, whatever its name; its hash is for the caller to compare.
+
+    Where no size fits no hash can: then hashing it gives the error that names both.
+    """
+    release, size = official.release, os.fstat(official.file).st_size
+    named = [wheel for wheel in release.wheels if wheel.file == path.name]
+    fitting = [wheel for wheel in (*named, *release.wheels) if wheel.size == size]
+    if not fitting:
+        nearest = named[0] if named else _choose(release, "")
+        check_hash(path, HashedSource(official.file).finish(), size, release.wheel_file(nearest))
+    return fitting[0]
+
+
+def patched_files(official: Official, patches: tuple[Patch, ...]) -> tuple[FileChange, ...]:
+    """Every file of the wheel that the patches touch, before and after; each step is checked by blob id."""
+    inside = [replace(p, files=tuple(f for f in p.files if f.path.startswith("vllm/"))) for p in patches]
+    paths = list(dict.fromkeys(file.path for patch in inside for file in patch.files))
+    before = {path: official.read(path) for path in paths}
+    after = before
+    for patch in inside:
+        after = apply_patch(patch, after, release=official.release.version)
+    return tuple(FileChange(path, before[path], after[path], _touching(inside, path)) for path in paths)
+
+
+def _touching(patches: Iterable[Patch], path: str) -> tuple[str, ...]:
+    return tuple(patch.name for patch in patches if any(file.path == path for file in patch.files))
+
+
+def _version_file(official: Official, version: str) -> Addition:
+    path = wheelmeta.VERSION_FILE
+    data = wheelmeta.patched_version_file(official.read(path), official.release.version, version)
+    return Addition(path, data, "carries the local version, so that nobody takes the build for upstream's")
+
+
+def write_wheel(
+    official: Official, source: HashedSource, mods: Modifications, file: int
+) -> tuple[str, tuple[Member, ...]]:
+    """Write the patched wheel to the open *file*; returns its sha256 and the members that were copied as they lie."""
+    new = _new_contents(official, mods)
+    writer, rows, copied = ZipWriter(file), list[Row](), list[Member]()
+    for name, member in official.members.items():
+        target = _renamed(official, mods, name)
+        if target == name and name not in new:
+            copied.append(writer.copy(source, member))
+            rows += [] if member.is_folder else [official.rows[name]]
+        elif name != official.info + "RECORD" and not member.is_folder:
+            data = new.pop(name) if name in new else official.read(name)
+            rows.append(_store(writer, target, data, member.external >> 16))
+    mode = {a.path: a.mode for a in mods.additions}
+    rows += [_store(writer, name, data, mode.get(name, 0o100644)) for name, data in new.items()]
+    record = _renamed(official, mods, official.info + "RECORD")
+    writer.add(record, dump_record([*rows, Row(record)]))
+    sha256 = writer.finish()
+    read_members(file, mods.version)  # what was written reads back
+    return sha256, tuple(copied)
+
+
+def _new_contents(official: Official, mods: Modifications) -> dict[str, bytes]:
+    """By name of the member that it replaces, or by its own where it replaces none: every content that is new."""
+    info, licences = wheelmeta.dist_info(mods.version), wheelmeta.dist_info(mods.version) + "licenses/"
+    metadata = official.read(official.info + "METADATA")
+    new = {change.path: change.after for change in mods.files} | {a.path: a.data for a in mods.additions}
+    new[official.info + "METADATA"] = wheelmeta.patched_metadata(
+        metadata, official.release.version, mods.version, LICENCES
+    )
+    new |= dict(zip([licences + name for name in LICENCES], (modifications_text(mods), notice_text(mods)), strict=True))
+    new[info + PATCHES_JSON] = patches_json(mods)
+    return new
+
+
+def _renamed(official: Official, mods: Modifications, name: str) -> str:
+    if name.startswith(official.info):
+        return wheelmeta.dist_info(mods.version) + name.removeprefix(official.info)
+    return name
+
+
+def _store(writer: ZipWriter, name: str, data: bytes, mode: int) -> Row:
+    writer.add(name, data, mode or 0o100644)
+    return row_of(name, data)
+
+
+def check_copies(official: Official, file: int, copied: Iterable[Member]) -> None:
+    """Inflate what was copied from the new wheel, the biggest first, and compare it with upstream's RECORD."""
+    files = sorted((member for member in copied if not member.is_folder), key=lambda m: m.size, reverse=True)
+
+    def check(member: Member) -> None:
+        algorithm = official.rows[member.name].algorithm
+        official.compare(member.name, digest(file, member, algorithm, official.name))
+
+    pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))  # inflating and hashing release the interpreter
+    try:
+        for done in [pool.submit(check, member) for member in files]:
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
