@@ -185,6 +185,19 @@ def test_stale_compiled_modules_cannot_hide_the_patch(catalog: Catalog, site: Pa
     assert snapshot(site) == before  # the compiled file of before is back, and the one of the patched module is gone
 
 
+def test_a_folder_of_compiled_files_that_was_not_there_goes_again(catalog: Catalog, site: Path) -> None:
+    before = snapshot(site)
+    install(catalog, site)
+    py_compile.compile(str(site / KERNEL), doraise=True)
+    restore(site)
+    assert snapshot(site) == before
+
+
+def test_a_wrong_wish_does_not_take_out_what_is_in(catalog: Catalog, site: Path) -> None:
+    install(catalog, site)
+    refused(catalog, site, "nothing of that name", without=("0001-native",))
+
+
 def test_a_hard_link_from_a_cache_is_not_written_through(catalog: Catalog, site: Path, tmp_path: Path) -> None:
     cached = tmp_path / "cached-engine.py"
     os.link(site / ENGINE, cached)

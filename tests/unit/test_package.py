@@ -112,6 +112,8 @@ def test_archives_have_the_same_bytes_everywhere(tmp_path: Path) -> None:
         shipped = {name.partition("/")[2].removeprefix("patches/") for name in sdist.getnames()}
     tables = {path.relative_to(ROOT / "patches").as_posix() for path in (ROOT / "patches").glob("*.toml")}
     assert tables <= packed and tables <= shipped
+    texts = {path.name for path in (ROOT / "scripts" / "vllm_patches").iterdir() if path.is_file()}
+    assert texts <= packed and texts <= {Path(name).name for name in shipped}
     assert "v0.20.2/series" in packed and "v0.20.2/series" in shipped
 
 
