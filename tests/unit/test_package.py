@@ -134,7 +134,7 @@ def test_the_api_has_the_verbs_and_imports_nothing_early() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     told = subprocess.run([sys.executable, "-c", loaded], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "['vllm_patches', 'vllm_patches.errors', 'vllm_patches.api']"
-    for name in ("apply", "check", "install", "uninstall", "verify"):
+    for name in ("apply", "build", "check", "install", "uninstall", "verify"):
         assert callable(getattr(api, name)) and name in cli._parser().format_help()
 
 
