@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from vllm_patches.store import FindSdist
     from vllm_patches.treecheck import TreeReport
     from vllm_patches.verify import Verified
+    from vllm_patches.wheel import Built
 
-__all__ = ["PatchesError", "apply", "check", "check_tree", "install", "uninstall", "verify"]
+__all__ = ["PatchesError", "apply", "build", "check", "check_tree", "install", "uninstall", "verify"]
 
 
 def _quiet(line: str) -> None:
@@ -45,6 +46,26 @@ def apply(
     if src is not None:
         return apply_checkout(catalog, src, catalog.release(pin) if pin else None)
     return apply_release(catalog, catalog.release(pin or DEFAULT_PIN), _finder(sdist), build, say)
+
+
+def build(
+    pin: str = "",
+    *,
+    wheel: Path | None = None,
+    out: Path = Path("dist"),
+    without: Iterable[str] = (),
+    sdist: Path | None = None,
+    say: Say = _quiet,
+) -> Built:
+    """A patched wheel of the release *pin* in *out*, from the official *wheel* or the one that pip would take."""
+    from vllm_patches.catalog import open_catalog
+    from vllm_patches.index import fetch_wheel
+    from vllm_patches.wheel import build_wheel, release_of
+
+    catalog = open_catalog()
+    release = release_of(catalog, pin or None, wheel)
+    finder = _finder(sdist)
+    return build_wheel(catalog, release, fetch_wheel, out, say, given=wheel, without=tuple(without), find_sdist=finder)
 
 
 def check(pins: Iterable[str] = (), *, sdist: Path | None = None) -> CheckReport:

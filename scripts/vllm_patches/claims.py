@@ -28,6 +28,7 @@ def read_claims(artifact: Artifact) -> tuple[Claims | None, list[str]]:
         claims = json.loads(raw)
         if claims["schema"] != SCHEMA:
             return None, [f"{MANIFEST} is of schema {claims['schema']}, this tool knows {SCHEMA}"]
+        native_blobs(claims)
         sound = all(entry[when]["sha256"] for entry in claims["files"].values() for when in ("before", "after"))
         return (claims, []) if sound and claims["release"] and claims["fixes"] else (None, [f"{MANIFEST} is empty"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -100,9 +101,13 @@ def _addition_problems(artifact: Artifact, claims: Claims) -> Iterator[str]:
             yield f"{MANIFEST} claims that {path} was added, but the file was changed since"
 
 
-def has_native(claims: Claims | None) -> bool:
-    """Whether the package claims a rebuilt extension in place of upstream's compiled code."""
-    return bool(claims and claims.get("native")) and any(path.endswith(".so") for path in _additions(claims or {}))
+def native_blobs(claims: Claims | None) -> dict[str, str]:
+    """The sources that a rebuilt extension of the package was made from, and their blobs; none without extension."""
+    if not claims or not isinstance(claims.get("native"), dict):
+        return {}
+    if not any(path.endswith(".so") for path in _additions(claims)):
+        return {}
+    return {path: entry["after"]["blob"] for path, entry in claims["native"].get("source", {}).items()}
 
 
 def _additions(claims: Claims) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -15,8 +15,8 @@ from vllm_patches.claims import (
     Claims,
     changed_files,
     claim_problems,
-    has_native,
     hidden_problems,
+    native_blobs,
     read_claims,
     state_problems,
 )
@@ -201,18 +201,23 @@ def _judged(sites: tuple[Site, ...]) -> Status:
 
 def _native(look: _Look, fix_id: str, patch: Patch, seen: FixStatus) -> FixStatus:
     """The C++ part of a fix in a package, where it can only be a rebuilt extension."""
-    sources = [file.path for file in patch.files if not is_packaged(file.path)]
-    if not (look.artifact.kind.compiled and sources) or has_native(look.claims):
+    sources = {file.path: file.new_blob for file in patch.files if not is_packaged(file.path)}
+    rebuilt = native_blobs(look.claims)
+    if not look.artifact.kind.compiled or all(_reaches(look, path, rebuilt.get(path, ""), sources) for path in sources):
         return seen
     name = f"{fix_id}-native"
-    detail = "; ".join(
-        part for part in (seen.detail, f"the compiled part of {', '.join(sources)} is upstream's") if part
-    )
-    if seen.status is Status.PRESENT:
-        status = Status.LEFT_OUT if name in look.without else Status.PARTLY
-        hint = "" if name in look.without else f" (accept that with --without {name})"
-        return _row(look, fix_id, status, seen.by, detail + hint)
-    return _row(look, fix_id, seen.status, seen.by, detail)
+    note = f"the compiled part of {', '.join(sources)} is upstream's"
+    if seen.status is not Status.PRESENT:
+        return _row(look, fix_id, seen.status, seen.by, "; ".join(part for part in (seen.detail, note) if part))
+    if name in look.without:
+        return _row(look, fix_id, Status.LEFT_OUT, seen.by, note)
+    return _row(look, fix_id, Status.PARTLY, seen.by, f"{note} (accept that with --without {name})")
+
+
+def _reaches(look: _Look, path: str, blob: str, wanted: Mapping[str, str]) -> bool:
+    """Whether *blob* is the file's content after the patch, or after a later one."""
+    chain = look.series.blob_chain(path)
+    return blob in chain and chain.index(blob) >= chain.index(wanted[path])
 
 
 def _row(look: _Look, fix_id: str, status: Status, by: str, detail: str = "") -> FixStatus:

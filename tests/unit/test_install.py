@@ -185,6 +185,19 @@ def test_stale_compiled_modules_cannot_hide_the_patch(catalog: Catalog, site: Pa
     assert snapshot(site) == before  # the compiled file of before is back, and the one of the patched module is gone
 
 
+def test_a_folder_of_compiled_files_that_was_not_there_goes_again(catalog: Catalog, site: Path) -> None:
+    before = snapshot(site)
+    install(catalog, site)
+    py_compile.compile(str(site / KERNEL), doraise=True)
+    restore(site)
+    assert snapshot(site) == before
+
+
+def test_a_wrong_wish_does_not_take_out_what_is_in(catalog: Catalog, site: Path) -> None:
+    install(catalog, site)
+    refused(catalog, site, "nothing of that name", without=("0001-native",))
+
+
 def test_a_hard_link_from_a_cache_is_not_written_through(catalog: Catalog, site: Path, tmp_path: Path) -> None:
     cached = tmp_path / "cached-engine.py"
     os.link(site / ENGINE, cached)
@@ -388,6 +401,18 @@ def test_a_reinstall_over_the_patches(catalog: Catalog, site: Path) -> None:
     put_in(site, "0.20.2")
     restore(site)
     assert snapshot(site, times=False) == pristine
+
+
+def test_what_an_older_kill_left_beside_a_file_is_no_obstacle(catalog: Catalog, site: Path) -> None:
+    """Killed, then uninstalled and installed again by pip, which does not know of such files."""
+    clean = site.parent / "clean"
+    put_in(clean, "0.20.2")
+    install(catalog, clean)
+    for name in (WORKER, "vllm-0.20.2.dist-info/RECORD"):
+        path = site / name
+        path.with_name(f".{path.name}.vllm-patches-new").write_bytes(b"left")
+    assert install(catalog, site).outcome is InstallOutcome.INSTALLED
+    assert snapshot(site, times=False).keys() == snapshot(clean, times=False).keys()
 
 
 def test_what_pip_uninstalls_is_everything(catalog: Catalog, site: Path) -> None:

@@ -264,6 +264,8 @@ def test_a_second_one_waits_and_says_so(world: World) -> None:
     with swap.locked(site / "vllm-0.20.2.dist-info", lambda: None):
         done.start()
         assert said.wait(10)
+        done.join(0.3)
+        assert done.is_alive()
         assert snapshot(site) == world.pristine
     done.join(10)
     assert snapshot(site, times=False) == world.patched

@@ -112,6 +112,8 @@ def test_archives_have_the_same_bytes_everywhere(tmp_path: Path) -> None:
         shipped = {name.partition("/")[2].removeprefix("patches/") for name in sdist.getnames()}
     tables = {path.relative_to(ROOT / "patches").as_posix() for path in (ROOT / "patches").glob("*.toml")}
     assert tables <= packed and tables <= shipped
+    texts = {path.name for path in (ROOT / "scripts" / "vllm_patches").iterdir() if path.is_file()}
+    assert texts <= packed and texts <= {Path(name).name for name in shipped}
     assert "v0.20.2/series" in packed and "v0.20.2/series" in shipped
 
 
@@ -132,7 +134,7 @@ def test_the_api_has_the_verbs_and_imports_nothing_early() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     told = subprocess.run([sys.executable, "-c", loaded], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "['vllm_patches', 'vllm_patches.errors', 'vllm_patches.api']"
-    for name in ("apply", "check", "install", "uninstall", "verify"):
+    for name in ("apply", "build", "check", "install", "uninstall", "verify"):
         assert callable(getattr(api, name)) and name in cli._parser().format_help()
 
 

@@ -30,6 +30,7 @@ from vllm_patches import cli
 from vllm_patches import install as installing
 from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
+from vllm_patches.hunks import blob_id
 from vllm_patches.install import uninstall
 from vllm_patches.verify import Status, Verified, require_fixed, verify
 
@@ -142,7 +143,11 @@ def test_a_rebuilt_extension_stands_for_the_native_part(catalog: Catalog, tmp_pa
     path = info / "patches.json"
     claims = json.loads(path.read_text())
     (tmp_path / "s" / "vllm" / "_override.so").write_bytes(b"elf")
-    claims["native"] = {"files": {"vllm/_override.so": {"sha256": "0" * 64}}}
+    built = patched("v0.19.1", sources("0.19.1"))[CUDA]
+    claims["native"] = {
+        "source": {CUDA: {"after": {"blob": blob_id(built)}}},
+        "files": {"vllm/_override.so": {"sha256": "0" * 64}},
+    }
     path.write_text(json.dumps(claims))
     assert any(
         "vllm/_override.so was added, but the file was changed" in problem
@@ -151,6 +156,11 @@ def test_a_rebuilt_extension_stands_for_the_native_part(catalog: Catalog, tmp_pa
     claims["native"]["files"]["vllm/_override.so"]["sha256"] = hashlib.sha256(b"elf").hexdigest()
     path.write_text(json.dumps(claims))
     assert verify(catalog, tmp_path / "s").ok
+    claims["native"]["source"][CUDA]["after"]["blob"] = blob_id(sources("0.19.1")[CUDA])
+    path.write_text(json.dumps(claims))
+    assert verify(catalog, tmp_path / "s").fixes[0].status is Status.PARTLY  # built from the unpatched source
+    claims["native"]["source"][CUDA]["after"]["blob"] = blob_id(built)
+    path.write_text(json.dumps(claims))
     (tmp_path / "s" / "vllm" / "_override.so").unlink()
     assert any("_override.so was added, but it is not there" in p for p in verify(catalog, tmp_path / "s").problems)
     claims["native"]["files"] = {}
@@ -274,6 +284,11 @@ def test_an_upgrade_that_keeps_patches_json(catalog: Catalog, site: Path) -> Non
         ('{"schema": 2}', "schema 2"),
         ('{"schema": 1}', "cannot be read"),
         ('{"schema": 1, "release": "", "fixes": {}, "files": {}}', "empty"),
+        (
+            '{"schema": 1, "release": "0.20.2", "fixes": {"0001": {}}, "files": {}, "not_of_the_series": '
+            '[{"path": "x.so"}], "native": {"source": {"x.cu": {}}}}',
+            "cannot be read",
+        ),
     ],
 )
 def test_a_patches_json_that_says_nothing(catalog: Catalog, site: Path, text: str, words: str) -> None:
