@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -45,9 +46,16 @@ def disk_errors(where: Path) -> Iterator[None]:
                 "the folder cannot be written",
                 file=str(where),
                 found=str(error),
-                next_command="XDG_CACHE_HOME=/a/writable/folder make apply    # or BUILD=/a/writable/folder",
+                next_command=_elsewhere(where),
             ) from error
         raise
+
+
+def _elsewhere(where: Path) -> str:
+    """What to type where a folder cannot be written."""
+    if where.is_relative_to(root()):
+        return "XDG_CACHE_HOME=/a/writable/folder make apply"
+    return f"ls -ld {where}    # another build folder: BUILD=/a/writable/folder"
 
 
 @contextlib.contextmanager
@@ -74,7 +82,13 @@ def scratch(folder: Path, prefix: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder, f"{prefix}*")
     with _held(lambda: tempfile.mkdtemp(prefix=prefix, dir=folder)) as path:
-        yield path
+        try:
+            yield path
+        except PatchesError as error:  # it must not send anybody into a folder that is gone in a moment
+            inside = re.compile(re.escape(str(path)) + r"\S*")
+            error.file = inside.sub(str(folder), error.file)
+            error.next_command = inside.sub(str(folder), error.next_command)
+            raise
 
 
 @contextlib.contextmanager

@@ -241,9 +241,22 @@ def _commit_and_switch(source: Path, release: Release, missing: list[Patch], bas
         )
     try:
         git.update_ref(source, f"refs/heads/{branch}", head)
-        git.switch(source, branch)
+        _switch(source, branch, base)
     except BaseException:  # Ctrl-C too
         if existing is None and git.rev_parse(source, f"refs/heads/{branch}"):
             git.delete_ref(source, f"refs/heads/{branch}")
         raise
     return head
+
+
+def _switch(source: Path, branch: str, base: str) -> None:
+    """Switch, or be back where it began; Ctrl-C waits, for after half of it the files would be neither."""
+    begun_on = git.current_branch(source) or base
+    with git.no_interrupt():
+        try:
+            git.switch(source, branch)
+        except PatchesError:
+            if git.rev_parse(source, "HEAD") != base or git.status(source, pinned=False):
+                with contextlib.suppress(PatchesError):  # the file that stopped it may stop this too; it is as it was
+                    git.switch(source, begun_on, force=True)
+            raise

@@ -67,17 +67,36 @@ def _run(
     return done
 
 
+# What git says, what that means, what to type next.
+_FAILURES = (
+    (
+        ("dubious ownership",),
+        "git refuses the folder: it belongs to another user",
+        "git config --global --add safe.directory {}",
+    ),
+    (("No space left on device", "Out of diskspace", "Disk quota"), "no space left on the device", "df -h {}"),
+    (("Permission denied", "Read-only file system", "insufficient permission"), "git may not write there", "ls -ld {}"),
+    # Without the reason of the system; a full disk is the usual one.
+    (
+        ("unable to write", "failed to write", "could not write", "couldn't write"),
+        "git cannot write: is the disk full?",
+        "df -h {}",
+    ),
+    (("not a git repository",), "not a git checkout", "git -C {} rev-parse --show-toplevel"),
+)
+
+
 def _failure(directory: Path, arguments: Sequence[str], status: int, stderr: bytes) -> PatchesError:
     """Classify what git said; an unknown case is quoted as it is."""
     text = stderr.decode("utf-8", "replace").strip()
-    what, command = f"git {arguments[0]} failed with exit status {status}", f"git -C {directory} status"
-    if "dubious ownership" in text:
-        what = "git refuses the folder: it belongs to another user"
-        command = f"git config --global --add safe.directory {directory}"
-    elif "No space left on device" in text or "unable to write" in text or "Disk quota" in text:
-        what, command = "no space left on the device", f"df -h {directory}"
-    elif "not a git repository" in text:
-        what, command = "not a git checkout", f"git -C {directory} rev-parse --show-toplevel"
+    verb = next(word for word in arguments if not word.startswith("-") and "=" not in word)
+    what, command = f"git {verb} failed with exit status {status}", f"git -C {directory} status"
+    if status < 0:
+        what, command = f"git {verb} was killed by {signal.Signals(-status).name}", "ulimit -a"
+    for marks, meaning, advice in _FAILURES:
+        if any(mark in text for mark in marks):
+            what, command = meaning, advice.format(directory)
+            break
     return PatchesError(what, file=str(directory), found=text, next_command=command)
 
 
@@ -202,21 +221,28 @@ def delete_ref(directory: Path, ref: str) -> None:
 
 def checkout(directory: Path, branch: str) -> None:
     """Write the files of *branch* into the empty work tree of a repository of ours."""
-    workers = f"checkout.workers={os.cpu_count() or 1}"
-    _run(directory, "-c", workers, "checkout", "--quiet", "--force", branch)
+    arguments = ("-c", f"checkout.workers={os.cpu_count() or 1}", "checkout", "--quiet", "--force", branch)
+    done = _run(directory, *arguments)
+    if done.stderr:  # a file that could not be written need not make it fail
+        raise _failure(directory, arguments, done.returncode, done.stderr)
 
 
-def switch(directory: Path, branch: str) -> None:
-    """Switch a user's checkout to *branch* with the user's own settings; git keeps what it would overwrite.
+def switch(directory: Path, branch: str, *, force: bool = False) -> None:
+    """Switch a user's checkout to *branch* (or commit) with the user's own settings.
 
-    Ctrl-C waits for it: it is short, and after half of it the files would be neither the old nor the new ones.
+    Without *force* git keeps what it would overwrite. A file that it cannot write does not make it fail: it goes on,
+    and calls the file changed; so an unclean end is an error here. The caller has seen to it that it was clean.
     """
-    with _no_interrupt():
-        _run(directory, "switch", "--quiet", "--no-guess", branch, pinned=False)
+    where = ("--quiet", "--no-guess", branch) if rev_parse(directory, f"refs/heads/{branch}") else ("--detach", branch)
+    arguments = ("switch", *(("--force",) if force else ()), *where)
+    done = _run(directory, *arguments, pinned=False)
+    if left := status(directory, pinned=False):
+        said = done.stderr.decode("utf-8", "replace").strip()
+        raise _failure(directory, arguments, 0, "\n".join([said, *left[:10]]).strip().encode())
 
 
 @contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
+def no_interrupt() -> Iterator[None]:
     """Ignore SIGINT here and in the processes that are started; only the main thread can, and only it gets one."""
     if threading.current_thread() is not threading.main_thread():
         yield

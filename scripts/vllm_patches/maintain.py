@@ -119,6 +119,8 @@ def record_pins(catalog: Catalog, find_sdist: FindSdist) -> dict[str, bool]:
 
 
 def write_releases(catalog: Catalog, releases: dict[str, Release]) -> None:
-    """Replace ``releases.toml`` by the canonical text of *releases*."""
-    with cache.written_beside(catalog.folder / "releases.toml") as beside:
-        beside.write_text(dump_releases(releases), encoding="utf-8")
+    """Replace ``releases.toml`` by the canonical text of *releases*, where it is another."""
+    path, text = catalog.folder / "releases.toml", dump_releases(releases)
+    if path.read_text(encoding="utf-8") != text:
+        with cache.written_beside(path) as beside:
+            beside.write_text(text, encoding="utf-8")

@@ -14,6 +14,13 @@ from vllm_patches.errors import PatchesError
 from vllm_patches.hunks import blob_id
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "folder"
+    made.mkdir()
+    return made
+
+
 def test_the_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/some/where")
     assert cache.root() == Path("/some/where/vllm-patches")
@@ -65,9 +72,9 @@ def test_what_goes_wrong_while_writing_leaves_the_old_file(tmp_path: Path, error
     [
         (errno.ENOSPC, "no space left on the device", "df -h /where"),
         (errno.EDQUOT, "no space left on the device", "df -h /where"),
-        (errno.EROFS, "the folder cannot be written", "XDG_CACHE_HOME="),
-        (errno.EACCES, "the folder cannot be written", "XDG_CACHE_HOME="),
-        (errno.EPERM, "the folder cannot be written", "XDG_CACHE_HOME="),
+        (errno.EROFS, "the folder cannot be written", "ls -ld /where "),
+        (errno.EACCES, "the folder cannot be written", "ls -ld /where "),
+        (errno.EPERM, "the folder cannot be written", "ls -ld /where "),
     ],
 )
 def test_what_a_disk_refuses_is_named(number: int, what: str, command: str) -> None:
@@ -78,16 +85,21 @@ def test_what_a_disk_refuses_is_named(number: int, what: str, command: str) -> N
     assert caught.value.next_command.startswith(command)
 
 
+def test_a_cache_that_cannot_be_written_may_be_elsewhere() -> None:
+    with pytest.raises(PatchesError) as caught, cache.disk_errors(cache.root() / "sdist"):
+        raise PermissionError(errno.EACCES, "no")
+    assert caught.value.next_command.startswith("XDG_CACHE_HOME=")
+
+
+def test_an_error_does_not_send_anybody_into_a_folder_that_is_gone(folder: Path) -> None:
+    with pytest.raises(PatchesError) as caught, cache.scratch(folder, ".making-") as gone:
+        raise PatchesError("full", file=str(gone / "tree"), next_command=f"df -h {gone}/tree    # and look")
+    assert (caught.value.file, caught.value.next_command) == (str(folder), f"df -h {folder}    # and look")
+
+
 def test_any_other_error_of_the_system_passes_through() -> None:
     with pytest.raises(IsADirectoryError), cache.disk_errors(Path("/where")):
         raise OSError(errno.EISDIR, "is a directory")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "folder"
-    made.mkdir()
-    return made
 
 
 def test_a_scratch_folder_is_gone_at_the_end(tmp_path: Path) -> None:
