@@ -69,6 +69,11 @@ def test_an_architecture_that_cannot_be_built_is_refused(wanted: str, found: str
     assert caught.value.found == found
 
 
+def test_the_newest_glibc_that_is_named_counts() -> None:
+    assert native.glibc_floor(b"x\0GLIBC_2.9\0GLIBC_2.34\0GLIBC_2.4\0GLIBCXX_3.5\0") == "2.34"
+    assert native.glibc_floor(b"") == "not stated"
+
+
 # With a compiler of straw: what it is asked, and what becomes of its output
 
 
