@@ -38,7 +38,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if not release.revision:
         pytest.fail("the series is not recorded: make record")
     without = tuple(f"{p.number}-native" for p in CATALOG.series_of(release).patches if native_paths(p))
-    wheel, path = official(request.param)
+    _, path = official(request.param)
     return build_wheel(
         CATALOG, release, lambda wanted: path, tmp_path_factory.mktemp("dist"), print,
         given=path, without=without, thorough=True,
