@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import zipfile
@@ -39,6 +40,7 @@ def test_architectures_are_read_in_blocks_of_any_size(size: int, before: bytes, 
         (fatbin(90), (90,)),
         (b"\x50\xed\x55\xba" + b"\0" * 40 + fatbin(80, 90), (80, 90)),  # the magic by chance
         (fatbin(80, 90)[:100], ()),  # cut off
+        (fatbin(80)[:8] + struct.pack("<Q", 100) + fatbin(80, 90)[16:], ()),  # entries that run over the end
         (fatbin(75, 80) + fatbin(80, 90) * 2, (80, 90)),
     ],
 )
