@@ -6,8 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import shutil
-import tempfile
+import os
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -59,6 +58,8 @@ def states_only(catalog: Catalog, release: Release) -> Applied:
 
 def _without_series(catalog: Catalog, release: Release) -> Applied:
     """Nothing to do, or an error that says what is missing: never a quiet success."""
+    if release.series:
+        raise _empty_series(catalog, release)
     open_fixes = [i for i in catalog.fixes if release.disposition(i) is Disposition.NO_SERIES]
     if not open_fixes:
         return Applied(release.version, ApplyOutcome.NOTHING, fix_rows(release, catalog.fixes))
@@ -72,6 +73,19 @@ def _without_series(catalog: Catalog, release: Release) -> Applied:
     )
 
 
+def _empty_series(catalog: Catalog, release: Release) -> PatchesError:
+    path = catalog.folder / release.series / "series"
+    carried = [i for i in catalog.fixes if release.disposition(i) is Disposition.APPLIED]
+    return PatchesError(
+        "the series is empty",
+        release=release.version,
+        file=str(path),
+        expected=f"patches for {', '.join(carried)}",
+        found="no line that names one",
+        next_command=f"git checkout -- {path}",
+    )
+
+
 class Target(Enum):
     """What stands where the tree shall go."""
 
@@ -82,7 +96,7 @@ class Target(Enum):
 
 def _inspect(target: Path, release: Release, series: Series) -> Target:
     """Look at the target; raises `PatchesError` where something of the user's could be lost."""
-    if not target.exists():
+    if not os.path.lexists(target):  # a dangling link is something of the user's too
         return Target.MISSING
     record = _read_record(target)
     head = git.rev_parse(target, "HEAD") if record else None
@@ -105,15 +119,15 @@ def _build_beside(release: Release, series: Series, sdist: Path, target: Path) -
     build = target.parent
     with cache.disk_errors(build):
         pristine = pristine_objects(release, sdist)
-        with tempfile.TemporaryDirectory(prefix=_scratch_prefix(target), dir=build) as scratch:
-            tree = Path(scratch) / "tree"
+        with cache.scratch(build, f".{target.name}.making-") as scratch:
+            tree = scratch / "tree"
             head = build_tree(release, series, pristine, tree)
             check_head(release, head)
             record = {"release": release.version, "series": series.name, "head": head}
             record["series_sha256"] = series_hash(series)
             (tree / ".git" / _RECORD).write_text(json.dumps(record), encoding="utf-8")
             if target.exists():
-                target.rename(Path(scratch) / "replaced")
+                target.rename(scratch / "replaced")
             tree.rename(target)
     return head
 
@@ -143,7 +157,7 @@ def _locked(build: Path, say: Say) -> Iterator[None]:
     """One `apply` at a time in a build folder; a second one waits and says so. Sweeps what a killed one left."""
     with cache.disk_errors(build):
         build.mkdir(parents=True, exist_ok=True)
-        lock = (build / ".lock").open("w")
+        lock = (build / ".lock").open("a")  # not "w": a run that changes nothing leaves its time alone
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,19 +174,15 @@ def _sweep(left: Path) -> None:
     replaced, target = left / "replaced", left.parent / left.name[1:].split(".making-")[0]
     if replaced.exists() and not target.exists():
         replaced.rename(target)
-    shutil.rmtree(left)
-
-
-def _scratch_prefix(target: Path) -> str:
-    return f".{target.name}.making-"
+    cache.remove(left)
 
 
 def _read_record(target: Path) -> dict[str, str] | None:
     try:
-        record: dict[str, str] = json.loads((target / ".git" / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        record = json.loads((target / ".git" / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return record
+    return record if isinstance(record, dict) and {"head", "series_sha256"} <= record.keys() else None
 
 
 def _moved(target: Path, release: Release, series: Series, made: str, head: str) -> PatchesError:
@@ -180,15 +190,23 @@ def _moved(target: Path, release: Release, series: Series, made: str, head: str)
     behind = git.commits_after(target, head, made) if git.is_ancestor(target, head, made) else []
     missing = [patch.name for patch in series.patches[-len(behind) :]] if behind else []
     found = f"partly patched: without {', '.join(missing)}" if behind else f"another commit: {head}"
-    command = f"git -C {target} reset --hard {made}" if behind else f"mv {target} {target}.mine"
     return PatchesError(
         "the tree is not at the commit that apply made",
         release=release.version,
         file=str(target),
         expected=f"{made} on {branch_name(release)}",
         found=found,
-        next_command=command,
+        next_command=_way_back(target, branch_name(release), made, bool(behind)),
     )
+
+
+def _way_back(target: Path, branch: str, made: str, behind: bool) -> str:
+    """The command that brings the tree back and loses nothing; a reset on another branch would move that one."""
+    if git.rev_parse(target, f"refs/heads/{branch}") == made:
+        return f"git -C {target} switch {branch}"
+    if behind and git.current_branch(target) == branch:
+        return f"git -C {target} reset --hard {made}"
+    return f"mv {target} {target}.mine"
 
 
 def _not_ours(target: Path, release: Release, expected: str, found: str) -> PatchesError:

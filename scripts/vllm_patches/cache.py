@@ -1,17 +1,20 @@
 """The cache: sdists and wheels by sha256, touched files by git blob id, pristine git packs by sdist.
 
 Everything in it is content-addressed, checked when it is read, written beside and renamed into place, and can be
-deleted at any time: nothing that `apply` makes links into it.
+deleted at any time: nothing that `apply` makes links into it. What is being written is locked by its process, so that
+the next one can tell, and remove, what a killed one has left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_patches.errors import PatchesError
@@ -50,25 +53,80 @@ def disk_errors(where: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """A new file beside *target* that replaces it when the block ends well, and is gone when it does not."""
-    with disk_errors(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
+
+    def make() -> str:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
-        beside = Path(name)
-        try:
+        return name
+
+    with disk_errors(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent, f".{target.name}.*.tmp")
+        with _held(make) as beside:
             yield beside
             beside.chmod(0o644)
             beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
 
 
-def sweep(now: float) -> None:
-    """Forget what killed runs left in the cache more than a day ago; *now* is in seconds since the epoch."""
-    for left in (*root().glob("*/.*"), *root().glob("*/*/.*")):
-        made_by_us = left.name.endswith(".tmp") or left.name.startswith((".making-", ".head-"))
-        if made_by_us and left.lstat().st_mtime < now - 86400:
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+@contextlib.contextmanager
+def scratch(folder: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in *folder* that is gone when the block ends; sweeps what killed processes have left there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder, f"{prefix}*")
+    with _held(lambda: tempfile.mkdtemp(prefix=prefix, dir=folder)) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def _held(make: Callable[[], str]) -> Iterator[Path]:
+    """What *make* makes, locked as long as this process lives, and removed at the end."""
+    path, handle = _make_and_lock(make)
+    try:
+        yield path
+    finally:
+        remove(path)
+        os.close(handle)
+
+
+def _make_and_lock(make: Callable[[], str]) -> tuple[Path, int]:
+    while True:
+        path = Path(make())
+        with contextlib.suppress(FileNotFoundError):  # a sweep took it in the moment before it was locked
+            handle = os.open(path, os.O_RDONLY)
+            _lock(handle, wait=True)
+            if path.exists():
+                return path, handle
+            os.close(handle)
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what matches *pattern* and is locked by no living process."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            handle = os.open(left, os.O_RDONLY)
+            if _lock(handle, wait=False):
+                remove(left)
+            os.close(handle)
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Lock a file or folder until *handle* is closed or its process dies; False where that cannot be had."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # held; or a file system without locks: nothing is swept there
+        return False
+    return True
+
+
+def remove(left: Path) -> None:
+    """Remove a file or folder of a killed process, whose git may live on and write there for a moment."""
+    for _ in range(100):
+        if not left.is_dir():
+            left.unlink(missing_ok=True)
+        shutil.rmtree(left, ignore_errors=True)
+        if not left.exists():
+            return
+        time.sleep(0.05)
 
 
 def sdist_path(sha256: str, name: str) -> Path:

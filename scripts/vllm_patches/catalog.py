@@ -14,12 +14,16 @@ from vllm_patches.patchfile import read_patch
 from vllm_patches.tables import load_fixes, load_releases
 
 DEFAULT_PIN = "0.20.2"
+PACKAGED = "data"  # `patches/` under the name that pyproject.toml gives it inside the installed package
 
 
 def patches_dir() -> Path:
-    """The catalogue's folder: ``$VLLM_PATCHES_DIR``, or ``patches/`` of this checkout."""
+    """The catalogue's folder: ``$VLLM_PATCHES_DIR``, else the installed package's own, else this checkout's."""
     given = os.environ.get("VLLM_PATCHES_DIR")
-    return Path(given) if given else Path(__file__).resolve().parents[2] / "patches"
+    if given:
+        return Path(given)
+    installed = Path(__file__).resolve().with_name(PACKAGED)
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "patches"
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,12 @@ class Catalog:
     @cached_property
     def series(self) -> dict[str, Series]:
         """The series by directory name, for every directory that some release names."""
-        names = dict.fromkeys(release.series for release in self.pins)
-        return {name: read_series(self.folder / name) for name in names}
+        return {release.series: self.series_of(release) for release in self.pins}
+
+    @cached_property
+    def _read(self) -> dict[str, Series]:
+        """The series that were asked for; each alone, so that a damaged one does not stop the others."""
+        return {}
 
     @property
     def pins(self) -> tuple[Release, ...]:
@@ -65,7 +73,22 @@ class Catalog:
 
     def series_of(self, release: Release) -> Series:
         """The series that *release* names; an empty one where it has none."""
-        return self.series[release.series] if release.series else Series("", ())
+        if not release.series:
+            return Series("", ())
+        if release.series not in self._read:
+            self._read[release.series] = read_series(self.folder / release.series)
+        return self._read[release.series]
+
+    def need_series(self, release: Release) -> None:
+        """Raise where *release* has no series: there is nothing that could be checked or applied."""
+        if not release.series:
+            raise PatchesError(
+                "there is no series for this release",
+                release=release.version,
+                expected=f"one of {', '.join(pin.version for pin in self.pins)}",
+                found=release.version,
+                next_command="make matrix",
+            )
 
     def served_by(self, series: str) -> list[str]:
         """The releases that the series directory *series* is exact for."""

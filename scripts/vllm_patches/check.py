@@ -43,6 +43,8 @@ class CheckReport:
 def check_catalog(catalog: Catalog, pins: Iterable[Release], find_sdist: FindSdist) -> CheckReport:
     """Lint the catalogue, then apply and undo the series of each of *pins* on its touched files, in memory."""
     chosen = list(pins)
+    for release in chosen:
+        catalog.need_series(release)
     problems = tuple(lint_catalog(catalog)) + tuple(lint_readme(catalog))
     readable = [release for release in chosen if _readable(catalog, release)]
     contents = pristine_files(readable, find_sdist)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 
 from vllm_patches import git
 from vllm_patches.catalog import DEFAULT_PIN, Catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import Patch, Release, Series
+from vllm_patches.hunks import blob_id
+from vllm_patches.model import FilePatch, Patch, Release, Series
 from vllm_patches.outcome import Applied, ApplyOutcome, fix_rows
 from vllm_patches.tree import branch_name, commit_series
 
 _UNFINISHED = ("rebase-apply", "rebase-merge", "MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG")
+
+_SCRATCH = "refs/vllm-patches/applying"
 
 JUDGED = "judged by the git blobs of the files that the series touches; the rest of the tree was not looked at"
 
@@ -33,7 +38,13 @@ def apply_checkout(catalog: Catalog, source: Path, release: Release | None) -> A
 
     *release* None means: find it by the blobs. On any error the checkout, its branch and its index are as they were.
     """
-    _check_usable(source)
+    _check_root(source)
+    with _alone(source):
+        _check_clean(source)
+        return _apply_missing(catalog, source, release)
+
+
+def _apply_missing(catalog: Catalog, source: Path, release: Release | None) -> Applied:
     base = git.rev_parse(source, "HEAD")
     if base is None:
         raise PatchesError("the checkout has no commit", file=str(source), next_command=f"git -C {source} log -1")
@@ -52,30 +63,48 @@ def apply_checkout(catalog: Catalog, source: Path, release: Release | None) -> A
     return Applied(release.version, ApplyOutcome.APPLIED, rows, str(source), head, (JUDGED,))
 
 
+@contextlib.contextmanager
+def _alone(source: Path) -> Iterator[None]:
+    """One `apply` at a time in a repository; a scratch ref that is there then was left by a killed one."""
+    handle = os.open(git.git_path(source, "objects"), os.O_RDONLY)  # one folder for all its work trees
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for ref in git.refs(source, _SCRATCH):
+            git.delete_ref(source, ref)
+        yield
+    finally:
+        os.close(handle)
+
+
 def patch_presence(series: Series, patch: Patch, blobs: Mapping[str, str]) -> Presence:
     """Where *patch* stands in a tree with these *blobs* (path to id)."""
-    seen: set[Presence] = set()
-    for file in patch.files:
-        chain = series.blob_chain(file.path)
-        if blobs.get(file.path) not in chain:
-            return Presence.DRIFTED
-        reached = chain.index(blobs[file.path])
-        seen.add(Presence.IN if reached >= chain.index(file.new_blob) else Presence.OUT)
+    if any(blobs.get(file.path) not in series.blob_chain(file.path) for file in patch.files):
+        return Presence.DRIFTED
+    seen = {Presence.IN if _reached(series, file, blobs) else Presence.OUT for file in patch.files}
     return seen.pop() if len(seen) == 1 else Presence.PARTLY
 
 
+def _reached(series: Series, file: FilePatch, blobs: Mapping[str, str]) -> bool:
+    """True if the tree's file is as this patch left it, or as a later one did."""
+    chain = series.blob_chain(file.path)
+    return chain.index(blobs[file.path]) >= chain.index(file.new_blob)
+
+
 def matching_releases(catalog: Catalog, blobs: Mapping[str, str]) -> list[tuple[Release, int, int]]:
-    """For each pin: how many of its touched files have a blob of its series, and how many there are; best first."""
+    """For each pin: how many of its touched files have a blob of its series, and how many there are; best first.
+
+    Of equals, the default pin comes first.
+    """
     rows = []
     for release in catalog.pins:
         series = catalog.series_of(release)
         hits = sum(blobs.get(path) in series.blob_chain(path) for path in series.paths)
         rows.append((release, hits, len(series.paths)))
-    return sorted(rows, key=lambda row: row[1] / row[2], reverse=True)
+    return sorted(rows, key=lambda row: (row[1] / row[2], row[0].version == DEFAULT_PIN), reverse=True)
 
 
-def _check_usable(source: Path) -> None:
-    """A git checkout's own root, clean, with no operation under way."""
+def _check_root(source: Path) -> None:
+    """A git checkout's own root."""
     if not source.is_dir():
         raise PatchesError("SRC is not a folder", file=str(source), next_command=f"ls -ld {source}")
     if git.top_level(source) != source.resolve():
@@ -86,6 +115,10 @@ def _check_usable(source: Path) -> None:
             found="none here",
             next_command=f"git -C {source} rev-parse --show-toplevel    # plain sources: patch -p1 -F0",
         )
+
+
+def _check_clean(source: Path) -> None:
+    """No change, and no operation under way."""
     for name in _UNFINISHED:
         if git.git_path(source, name).exists():
             raise PatchesError(
@@ -106,21 +139,37 @@ def _check_usable(source: Path) -> None:
 
 def _recognise(catalog: Catalog, source: Path, blobs: Mapping[str, str], wanted: Release | None) -> Release:
     """The release that the blobs say this is; raises unless it is *wanted* (or any pin, where that is None)."""
-    if wanted is not None and not wanted.series:
-        raise PatchesError(
-            "there is no series for this release",
-            release=wanted.version,
-            expected=f"one of {', '.join(r.version for r in catalog.pins)}",
-            found=wanted.version,
-            next_command="make matrix",
-        )
+    if wanted is not None:
+        catalog.need_series(wanted)
     ranked = matching_releases(catalog, blobs)
     exact = [release for release, hits, total in ranked if hits == total]
     if wanted in exact:
         return wanted
     if wanted is None and exact:  # several pins share their files: the default one, else the newest
         return next((r for r in exact if r.version == DEFAULT_PIN), exact[-1])
+    if crlf := _crlf_files(catalog, source, blobs):
+        raise _with_crlf(source, wanted, crlf)
     raise _unrecognised(source, blobs, wanted, ranked, exact)
+
+
+def _crlf_files(catalog: Catalog, source: Path, blobs: Mapping[str, str]) -> list[str]:
+    """The touched files that are committed with CRLF, where their line ends alone keep them from being a release's."""
+    contents = git.read_blobs(source, blobs.values())
+    as_lf = {path: blob_id(contents[blob].replace(b"\r\n", b"\n")) for path, blob in blobs.items()}
+    if not any(hits == total for _, hits, total in matching_releases(catalog, as_lf)):
+        return []
+    return [path for path, blob in blobs.items() if as_lf[path] != blob]
+
+
+def _with_crlf(source: Path, wanted: Release | None, files: list[str]) -> PatchesError:
+    return PatchesError(
+        "the checkout has CRLF line ends in its commits; nothing was changed",
+        release=wanted.version if wanted else "",
+        file=str(source),
+        expected="LF, as in the release",
+        found=f"CRLF in {', '.join(files)}",
+        next_command=f"git -C {source} -c core.autocrlf=input add --renormalize .    # and commit it",
+    )
 
 
 def _unrecognised(
@@ -163,7 +212,7 @@ def _refuse_partly(
     """A patch of which only some files are in can be neither applied nor called applied."""
     for patch in series.patches:
         if presence[patch.name] is Presence.PARTLY:
-            missing = [f.path for f in patch.files if blobs[f.path] == f.old_blob]
+            missing = [f.path for f in patch.files if not _reached(series, f, blobs)]
             raise PatchesError(
                 "a patch is only partly in the checkout; nothing was changed",
                 release=release.version,
@@ -178,9 +227,8 @@ def _refuse_partly(
 def _commit_and_switch(source: Path, release: Release, missing: list[Patch], base: str) -> str:
     """Make the commits without touching the work tree, then let git switch; undo the branch if it refuses."""
     branch = branch_name(release)
-    scratch = f"refs/vllm-patches/applying-{os.getpid()}"
-    head = commit_series(source, release, missing, base, scratch)
-    git.delete_ref(source, scratch)
+    head = commit_series(source, release, missing, base, _SCRATCH)
+    git.delete_ref(source, _SCRATCH)
     existing = git.rev_parse(source, f"refs/heads/{branch}")
     if existing not in (None, head):
         raise PatchesError(
@@ -191,11 +239,11 @@ def _commit_and_switch(source: Path, release: Release, missing: list[Patch], bas
             found=f"{branch} at {existing}",
             next_command=f"git -C {source} branch -m {branch} {branch}-old",
         )
-    git.update_ref(source, f"refs/heads/{branch}", head)
     try:
+        git.update_ref(source, f"refs/heads/{branch}", head)
         git.switch(source, branch)
-    except PatchesError:
-        if existing is None:
+    except BaseException:  # Ctrl-C too
+        if existing is None and git.rev_parse(source, f"refs/heads/{branch}"):
             git.delete_ref(source, f"refs/heads/{branch}")
         raise
     return head

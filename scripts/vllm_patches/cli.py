@@ -15,13 +15,16 @@ from vllm_patches.catalog import DEFAULT_PIN, Catalog, open_catalog
 from vllm_patches.check import check_catalog
 from vllm_patches.checkout import apply_checkout
 from vllm_patches.errors import PatchesError
+from vllm_patches.install import install, uninstall
 from vllm_patches.maintain import export_series, record_pins
 from vllm_patches.matrix import readme_path, render_matrix, replace_matrix
 from vllm_patches.model import Artifact, Release
 from vllm_patches.outcome import Applied
 from vllm_patches.render import DownloadBar, say
+from vllm_patches.sdist import verified
 from vllm_patches.store import FindSdist
 from vllm_patches.treecheck import check_tree
+from vllm_patches.verify import verify
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,21 +32,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         verb: Callable[[Catalog, argparse.Namespace], int] = options.verb
-        return verb(open_catalog(), options)
+        status = verb(open_catalog(), options)
+        print(end="", flush=True)  # here, not in the interpreter's last breath, shows what cannot be written
+        return status
     except PatchesError as error:
-        if options.json:
-            print(json.dumps({"error": error.as_dict()}, indent=1))
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _report(error, options)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 1
     except OSError as error:
-        print(f"error: {error}\n  next:     ls -ld {error.filename or '.'}", file=sys.stderr)
-        return 1
+        return _report(PatchesError(str(error), next_command=f"ls -ld {error.filename or '.'}"), options)
     except KeyboardInterrupt:
         print("interrupted; nothing half-made is left, run it again", file=sys.stderr)
         return 130
+
+
+def _report(error: PatchesError, options: argparse.Namespace) -> int:
+    """Print an error, as JSON too where that was asked for; standard output may be what has failed."""
+    print(f"error: {error}", file=sys.stderr)
+    try:
+        if options.json:
+            print(json.dumps({"error": error.as_dict()}, indent=1))
+        print(end="", flush=True)
+    except OSError:
+        _drop_output()
+    return 1
+
+
+def _drop_output() -> None:
+    """Let what is still buffered go nowhere, or the interpreter would complain about it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,6 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
     one.add_argument("--tree", type=Path, help="your own checkout, fork or unpacked sdist; it is only read")
     one.add_argument("--strict", action="store_true", help="with --tree: an offset is a failure too")
+    one = verb("install", _install, "patch an installed vLLM in place; all of it or nothing")
+    one.add_argument("--site", type=Path, help="its site folder or environment (default: the current environment)")
+    one.add_argument("--without", action="append", default=[], metavar="PART", help="give up a part: 0001-native")
+    one = verb("uninstall", _uninstall, "put back every byte that install changed")
+    one.add_argument("--site", type=Path, help="the site folder or environment (default: the current environment)")
+    one = verb("verify", _verify, "which of the five an installed package, wheel, sdist or source tree has")
+    one.add_argument("path", type=Path, nargs="?", help="default: the current environment")
+    one.add_argument("--without", action="append", default=[], metavar="PART", help="accept that a part is left out")
     one = verb("watch", _watch, "what upstream's newest release has of the five fixes, by its code")
     one.add_argument("--version", default="", help="a release, or 'all' that are recorded (default: the newest)")
     one = verb("new-pin", _new_pin, "take a release into the tables, and say what is left to do")
@@ -101,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 def _finder(sdist: Path | None) -> FindSdist:
     """Where sdists come from: the given file, else the cache and the index."""
     if sdist is not None:
-        return lambda release: sdist
+        return lambda release: verified(sdist, release)
 
     def fetch(release: Release) -> Path:
         from vllm_patches.index import fetch_sdist  # the network's own library is needed from here on only
@@ -113,6 +139,7 @@ def _finder(sdist: Path | None) -> FindSdist:
 
 def _apply(catalog: Catalog, options: argparse.Namespace) -> int:
     if options.src is not None:
+        _need_no_sdist(options, "--src")
         release = catalog.release(options.pin) if options.pin else None
         results = [apply_checkout(catalog, options.src, release)]
     elif options.pin == "all":
@@ -156,6 +183,29 @@ def _need_one_pin(options: argparse.Namespace) -> None:
         )
 
 
+def _need_no_sdist(options: argparse.Namespace, other: str) -> None:
+    """A checkout has its own files; an option that would be passed over in silence is refused."""
+    if options.sdist is not None:
+        raise PatchesError(
+            f"--sdist is of no use with {other}",
+            file=str(options.sdist),
+            expected="one of the two",
+            found="both",
+            next_command=f"vllm-patches apply --pin {DEFAULT_PIN} --sdist {options.sdist}",
+        )
+
+
+def _need_at_most_one_pin(options: argparse.Namespace) -> None:
+    if len(options.pin or []) > 1:
+        raise PatchesError(
+            "--tree needs the one release that it is held against",
+            file=str(options.tree),
+            expected="one --pin, or none",
+            found=", ".join(options.pin),
+            next_command=f"vllm-patches check --tree {options.tree} --pin {options.pin[0]}",
+        )
+
+
 def _apply_or_state(catalog: Catalog, release: Release, options: argparse.Namespace) -> Applied:
     if not release.series:
         return states_only(catalog, release)
@@ -165,6 +215,8 @@ def _apply_or_state(catalog: Catalog, release: Release, options: argparse.Namesp
 def _check(catalog: Catalog, options: argparse.Namespace) -> int:
     pins = [catalog.release(pin) for pin in options.pin or []]
     if options.tree is not None:
+        _need_no_sdist(options, "--tree")
+        _need_at_most_one_pin(options)
         report = check_tree(catalog, options.tree, pins[0] if pins else None)
         _print(options, report, render.tree_text(report))
         return 0 if (report.exact if options.strict else report.ok) else 1
@@ -172,6 +224,24 @@ def _check(catalog: Catalog, options: argparse.Namespace) -> int:
     checked = check_catalog(catalog, pins or catalog.pins, _finder(options.sdist))
     _print(options, checked, render.check_text(checked))
     return 0 if checked.ok else 1
+
+
+def _install(catalog: Catalog, options: argparse.Namespace) -> int:
+    result = install(catalog, options.site, options.without, say)
+    _print(options, result, render.installed_text(result))
+    return 0
+
+
+def _uninstall(catalog: Catalog, options: argparse.Namespace) -> int:
+    result = uninstall(options.site, say)
+    _print(options, result, render.installed_text(result))
+    return 0
+
+
+def _verify(catalog: Catalog, options: argparse.Namespace) -> int:
+    report = verify(catalog, options.path, options.without)
+    _print(options, report, render.verified_text(report))
+    return 0 if report.ok else 1
 
 
 def _watch(catalog: Catalog, options: argparse.Namespace) -> int:

@@ -6,10 +6,14 @@ user's checkout as its owner does (line-end conversion, filters, safe.directory)
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from vllm_patches.errors import PatchesError
 
@@ -17,10 +21,10 @@ _PINNED = {
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_ATTR_NOSYSTEM": "1",
-    "GIT_TERMINAL_PROMPT": "0",
-    "LC_ALL": "C",
     "TZ": "UTC",
 }
+# Neither asks anything nor, for a mere look, rewrites the index of the checkout that is looked at.
+_ALWAYS = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
 # Given with every call: hooks are never ours to run, and nothing we make needs a disk barrier: our own
 # repositories are rebuilt from the sdist, and the cached pack is hashed at each use.
 _SETTINGS = ("core.hooksPath=/dev/null", "core.fsync=none", "gc.auto=0", "maintenance.auto=false")
@@ -31,9 +35,9 @@ def _environment(directory: Path, pinned: bool) -> dict[str, str]:
     # A folder of ours inside somebody's repository must never be taken for a part of it.
     env["GIT_CEILING_DIRECTORIES"] = str(directory.resolve().parent)
     if pinned:
-        return env | _PINNED
+        return env | _ALWAYS | _PINNED
     kept = {key: value for key, value in os.environ.items() if key.startswith("GIT_CONFIG")}
-    return env | kept | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"}
+    return env | kept | _ALWAYS
 
 
 def _command(directory: Path, arguments: Sequence[str], pinned: bool) -> list[str]:
@@ -88,22 +92,33 @@ def init(directory: Path, branch: str) -> None:
 def fast_import(directory: Path, stream: Iterable[bytes]) -> None:
     """Feed a fast-import stream; objects go to one pack, stored and not deflated (speed over size)."""
     arguments = ("-c", "fastimport.unpackLimit=0", "-c", "pack.compression=0", "-c", "core.compression=0")
-    command = _command(directory, (*arguments, "fast-import", "--quiet", "--depth=0"), pinned=True)
+    command = _command(directory, (*arguments, "fast-import", "--quiet", "--depth=0", "--done"), pinned=True)
     env = _environment(directory, pinned=True)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, env=env) as process:
         assert process.stdin and process.stderr
         try:
-            for chunk in stream:
-                process.stdin.write(chunk)
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # git has died; its own message says why
+            _feed(process.stdin, stream)
         except BaseException:
-            process.kill()  # a half stream must not become a repository that looks whole
+            process.kill()
             raise
         stderr = process.stderr.read()
     if process.returncode:
         raise _failure(directory, ("fast-import",), process.returncode, stderr)
+
+
+def _feed(pipe: IO[bytes], stream: Iterable[bytes]) -> None:
+    """Write the whole stream and close the pipe; where git has died before, its own message says why.
+
+    Without the last word git makes nothing of it: a half stream must not become a repository that looks whole.
+    """
+    with contextlib.suppress(BrokenPipeError):
+        for chunk in stream:
+            pipe.write(chunk)
+        pipe.write(b"done\n")
+        pipe.flush()
+    with contextlib.suppress(BrokenPipeError):  # what is still buffered
+        pipe.close()
 
 
 def top_level(directory: Path) -> Path | None:
@@ -170,6 +185,11 @@ def read_blobs(directory: Path, ids: Iterable[str]) -> dict[str, bytes]:
     return contents
 
 
+def refs(directory: Path, prefix: str) -> list[str]:
+    """The full names of the refs that start with the path *prefix*."""
+    return _run(directory, "for-each-ref", "--format=%(refname)", prefix).stdout.decode().split()
+
+
 def update_ref(directory: Path, ref: str, commit: str) -> None:
     """Point *ref* at *commit*."""
     _run(directory, "update-ref", ref, commit)
@@ -187,28 +207,44 @@ def checkout(directory: Path, branch: str) -> None:
 
 
 def switch(directory: Path, branch: str) -> None:
-    """Switch a user's checkout to *branch* with the user's own settings; git keeps what it would overwrite."""
-    _run(directory, "switch", "--quiet", "--no-guess", branch, pinned=False)
+    """Switch a user's checkout to *branch* with the user's own settings; git keeps what it would overwrite.
+
+    Ctrl-C waits for it: it is short, and after half of it the files would be neither the old nor the new ones.
+    """
+    with _no_interrupt():
+        _run(directory, "switch", "--quiet", "--no-guess", branch, pinned=False)
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ignore SIGINT here and in the processes that are started; only the main thread can, and only it gets one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# What a tree's own .git/config could change in a patch file (the user's global one is not read at all); those of
+# the second group have no option.
+_FORMAT_OPTIONS = (
+    *("--stdout", "--zero-commit", "--no-signature", "--no-stat", "--no-numbered", "--subject-prefix=PATCH"),
+    *("--no-signoff", "--no-from", "--no-to", "--no-cc", "--no-add-header", "--no-thread", "--no-attach", "--no-notes"),
+    *("--src-prefix=a/", "--dst-prefix=b/", "--full-index", "--no-renames", "--diff-algorithm=myers", "--unified=3"),
+    *("--inter-hunk-context=0", "--indent-heuristic", "--no-color", "--encode-email-headers", "--encoding=UTF-8"),
+)
+_FORMAT_SETTINGS = ("diff.suppressBlankEmpty=false", "format.useAutoBase=false")
 
 
 def format_patch(directory: Path, commit: str) -> bytes:
     """*commit* as a patch file whose bytes depend on nothing but the commit and its parent's files."""
     # --no-stat: no summary, hence no `---` line after the trailers; --full-index: blob ids that can be checked;
     # explicit prefixes: `--default-prefix` is unknown to git 2.39, and noprefix may be set in a local config.
-    return _run(
-        directory,
-        *("format-patch", "-1", "--stdout", "--zero-commit", "--no-signature", "--no-stat", "--no-numbered"),
-        *(
-            "--full-index",
-            "--no-renames",
-            "--diff-algorithm=myers",
-            "--unified=3",
-            "--no-thread",
-            "--no-attach",
-        ),
-        *("--src-prefix=a/", "--dst-prefix=b/", "--subject-prefix=PATCH", "--no-color", "--no-notes"),
-        commit,
-    ).stdout
+    settings = [word for setting in _FORMAT_SETTINGS for word in ("-c", setting)]
+    return _run(directory, *settings, "format-patch", "-1", *_FORMAT_OPTIONS, commit).stdout
 
 
 def commits_after(directory: Path, base: str, head: str) -> list[str]:

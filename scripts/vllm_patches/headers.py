@@ -68,6 +68,7 @@ def lint_header(patch: Patch, fix: Fix, series: str, applies_to: list[str]) -> l
         _trailer_keys,
         _trailer_values,
         _lines,
+        _whitespace,
     )
     found = [Problem(rule, where, *pair) for check in rules for rule, *pair in check(patch)]
     expected = {
@@ -134,3 +135,14 @@ def _lines(patch: Patch) -> Iterator[tuple[str, str, str]]:
             yield "separator", "no line that git am takes for the end of the message", line
     if not trailers.isascii():
         yield "ascii", "ASCII trailers", trailers
+
+
+def _whitespace(patch: Patch) -> Iterator[tuple[str, str, str]]:
+    """git am tidies these away, and its commit would no longer be ours."""
+    for line in (patch.subject, *patch.body.split("\n")):
+        if line != line.rstrip():
+            yield "whitespace", "no blanks at the end of a line", repr(line)
+    if "\n\n\n" in patch.body.rstrip("\n"):
+        yield "whitespace", "one blank line between paragraphs", "two blank lines"
+    if "  " in patch.subject:
+        yield "whitespace", "one blank between the words of the subject", patch.subject

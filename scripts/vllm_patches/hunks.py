@@ -80,12 +80,26 @@ def undo_patch(patch: Patch, files: dict[str, bytes], *, release: str = "") -> d
 def _apply(patch: Patch, sections: Iterable[FilePatch], files: dict[str, bytes], release: str) -> dict[str, bytes]:
     result = dict(files)
     for section in sections:
+        if section.path not in result:
+            raise _no_such_file(section, patch, release)
         before = result[section.path]
         after = apply_hunks(section, before, patch=patch.name, release=release)
         _expect_blob(section, section.old_blob, before, patch.name, release, "before")
         _expect_blob(section, section.new_blob, after, patch.name, release, "after")
         result[section.path] = after
     return result
+
+
+def _no_such_file(section: FilePatch, patch: Patch, release: str) -> PatchesError:
+    return PatchesError(
+        "the patch touches a file that the tree does not have",
+        release=release,
+        patch=patch.name,
+        file=section.path,
+        expected="a file",
+        found="no such file",
+        next_command=f"vllm-patches check --tree DIR --pin {release or 'RELEASE'}",
+    )
 
 
 def _expect_blob(section: FilePatch, blob: str, data: bytes, patch: str, release: str, when: str) -> None:

@@ -163,7 +163,7 @@ def _client(settings: PipSettings, index: str) -> PyPISimple:
 
 def _packages(client: PyPISimple, settings: PipSettings) -> list[DistributionPackage]:
     """What one index offers of vLLM; an index that does not know the project offers nothing."""
-    from pypi_simple import NoSuchProjectError
+    from pypi_simple import NoSuchProjectError, UnsupportedRepoVersionError
     from requests import RequestException
 
     try:
@@ -172,6 +172,8 @@ def _packages(client: PyPISimple, settings: PipSettings) -> list[DistributionPac
         return []
     except RequestException as error:
         raise _unreachable(client, error) from error
+    except (ValueError, UnsupportedRepoVersionError) as error:  # a login page, a portal, another protocol
+        raise _unreachable(client, error, "the package index does not answer as one") from error
 
 
 def _download(
@@ -209,10 +211,17 @@ def _places(settings: PipSettings) -> str:
     return ", ".join([*remote, *map(str, settings.local_folders)]) or "nowhere (pip's no-index is set)"
 
 
-def _unreachable(client: PyPISimple, error: Exception) -> PatchesError:
+def _unreachable(
+    client: PyPISimple, error: Exception, what: str = "the package index cannot be reached"
+) -> PatchesError:
     return PatchesError(
-        "the package index cannot be reached",
+        what,
         file=urlsplit(client.endpoint).hostname or "",
-        found=f"{type(error).__name__}: {str(error)[:300]}",
+        found=f"{type(error).__name__}: {without_credentials(str(error))[:300]}",
         next_command="pip download --no-deps pypi-simple    # does pip get through? offline: make apply SDIST=FILE",
     )
+
+
+def without_credentials(text: str) -> str:
+    """*text* with the user and password of every URL in it left out."""
+    return re.sub(r"://[^/\s]*@", "://", text)

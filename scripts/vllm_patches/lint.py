@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vllm_patches.catalog import Catalog, read_series_file
+from vllm_patches.catalog import Catalog, read_series, read_series_file
 from vllm_patches.errors import PatchesError
 from vllm_patches.headers import Problem, lint_header
-from vllm_patches.model import FIX_IDS, Release, Series, State
+from vllm_patches.model import FIX_IDS, Patch, Release, Series, State
 from vllm_patches.tables import dump_releases
 
 
@@ -27,14 +28,22 @@ def lint_catalog(catalog: Catalog) -> list[Problem]:
     for rule in rules:
         try:
             problems += rule(catalog)
-        except PatchesError as error:  # a file that cannot be read at all: one finding, the other rules go on
-            where = error.patch or error.file
-            found = Problem(
-                "unreadable", where, error.expected or "a sound file", error.found or error.what, error.next_command
-            )
-            if found not in problems:
+        except PatchesError as error:  # a table that cannot be read at all: one finding, the other rules go on
+            if (found := _unreadable(error)) not in problems:
                 problems.append(found)
     return problems
+
+
+def _unreadable(error: PatchesError) -> Problem:
+    where = error.patch or error.file
+    return Problem("unreadable", where, error.expected or "a sound file", error.found or error.what, error.next_command)
+
+
+def _readable(catalog: Catalog) -> Iterator[tuple[Release, Series]]:
+    """The pins whose series can be read; `_headers` tells of the others."""
+    for release in catalog.pins:
+        with contextlib.suppress(PatchesError):
+            yield release, catalog.series_of(release)
 
 
 def _fixes(catalog: Catalog) -> Iterator[Problem]:
@@ -83,8 +92,8 @@ def _series_files(catalog: Catalog) -> Iterator[Problem]:
 
 def _states_and_patches(catalog: Catalog) -> Iterator[Problem]:
     """A fix that a release needs is in its series; one that it does not need is not."""
-    for release in catalog.pins:
-        carried = {patch.number for patch in catalog.series_of(release).patches}
+    for release, series in _readable(catalog):
+        carried = {patch.number for patch in series.patches}
         for fix_id in FIX_IDS:
             state = release.states[fix_id].state
             where = f"patches/releases.toml, release {release.version}, {fix_id}"
@@ -109,8 +118,7 @@ def _evidence(release: Release) -> Iterator[Problem]:
 
 def _blobs(catalog: Catalog) -> Iterator[Problem]:
     """A directory serves a release only where every file it touches is the same, byte for byte: told by blob id."""
-    for release in catalog.pins:
-        series = catalog.series_of(release)
+    for release, series in _readable(catalog):
         where = f"patches/releases.toml, release {release.version}, blobs"
         pristine = {path: series.blob_chain(path)[0] for path in series.paths}
         for path in sorted(pristine.keys() | release.blobs.keys()):
@@ -125,15 +133,24 @@ def _blobs(catalog: Catalog) -> Iterator[Problem]:
 
 
 def _headers(catalog: Catalog) -> Iterator[Problem]:
-    for name, series in catalog.series.items():
+    for folder in _folders(catalog):
+        try:
+            series = read_series(folder)
+        except PatchesError as error:
+            yield _unreadable(error)
+            continue
         for patch in series.patches:
-            fix = catalog.fixes.get(patch.number)
-            if fix is None or fix.patch_name != patch.name:
-                expected = fix.patch_name if fix else "a number from fixes.toml"
-                yield Problem("patch-name", f"patches/{name}/{patch.name}", expected, patch.name)
-                continue
-            yield from lint_header(patch, fix, name, catalog.served_by(name))
-        yield from _requires(name, series)
+            yield from _header(catalog, series.name, patch)
+        yield from _requires(series.name, series)
+
+
+def _header(catalog: Catalog, series: str, patch: Patch) -> Iterator[Problem]:
+    fix = catalog.fixes.get(patch.number)
+    if fix is None or fix.patch_name != patch.name:
+        expected = fix.patch_name if fix else "a number from fixes.toml"
+        yield Problem("patch-name", f"patches/{series}/{patch.name}", expected, patch.name)
+    else:
+        yield from lint_header(patch, fix, series, catalog.served_by(series))
 
 
 def _requires(name: str, series: Series) -> Iterator[Problem]:

@@ -33,14 +33,40 @@ def export_series(catalog: Catalog, release: Release, tree: Path) -> dict[str, b
             found="\n".join(git.status(tree)) or "no such branch",
             next_command=f"make apply PIN={release.version}",
         )
-    files = {}
+    files: dict[str, bytes] = {}
     for commit in git.commits_after(tree, base, head):
         raw = git.format_patch(tree, commit)
-        files[_file_name(catalog, commit, raw)] = raw
+        name = _file_name(catalog, commit, raw)
+        _expect_later(release, tree, files, name, commit)
+        files[name] = raw
+    if not files:
+        raise PatchesError(
+            f"the tree has no commit after its branch {PRISTINE}; nothing was changed",
+            release=release.version,
+            file=str(tree),
+            expected="a commit per patch",
+            found=f"{PRISTINE} at HEAD, {head}",
+            next_command=f"make apply PIN={release.version}",
+        )
     if not release.series:
         release = replace(release, series=f"v{release.version}")
         write_releases(catalog, {**catalog.releases, release.version: release})
     return _write_series(catalog.folder / release.series, files)
+
+
+def _expect_later(release: Release, tree: Path, files: dict[str, bytes], name: str, commit: str) -> None:
+    """A series is applied in the order of its numbers, so its commits have to stand in that order, one of each."""
+    last = max(files, default="")
+    if name <= last:
+        raise PatchesError(
+            "two commits for one fix" if name in files else "the commits are not in the order of their fixes",
+            release=release.version,
+            patch=name,
+            file=str(tree),
+            expected=f"a commit of a fix after {last}",
+            found=f"{name} in commit {commit}",
+            next_command=f"git -C {tree} rebase --interactive {PRISTINE}    # squash or move it",
+        )
 
 
 def _file_name(catalog: Catalog, commit: str, raw: bytes) -> str:

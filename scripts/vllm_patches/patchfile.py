@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from vllm_patches.errors import PatchesError
@@ -10,7 +11,7 @@ from vllm_patches.model import FilePatch, Hunk, Patch
 
 FROM_LINE = "From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001"
 
-_DIFF = re.compile(rb"diff --git a/(?P<old>\S+) b/(?P<new>\S+)\n")
+_DIFF = re.compile(rb"diff --git a/(?P<old>[!-~]+) b/(?P<new>[!-~]+)\n")
 _INDEX = re.compile(rb"index (?P<old>[0-9a-f]{40})\.\.(?P<new>[0-9a-f]{40}) (?P<mode>[0-7]{6})\n")
 _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@.*\n")
 _TRAILER = re.compile(r"(?P<key>[A-Z][A-Za-z-]*): (?P<value>\S.*)")
@@ -34,6 +35,8 @@ def parse_patch(name: str, raw: bytes) -> Patch:
     """Parse the bytes of one ``git format-patch`` file."""
     if b"\r" in raw:
         raise _bad(name, "LF line ends", "a carriage return (a CRLF checkout?)")
+    if not raw.endswith(b"\n"):
+        raise _bad(name, "a line feed at the end", _show(raw[raw.rfind(b"\n") + 1 :]))
     head, separator, diff = raw.partition(b"\ndiff --git ")
     if not separator:
         raise _bad(name, "a line 'diff --git a/… b/…'", "none")
@@ -72,7 +75,17 @@ def _parse_head(name: str, text: str) -> tuple[dict[str, str], str]:
     fields = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
     if list(fields) != ["From", "Date", "Subject"] or len(lines) != 4:
         raise _bad(name, "the header lines From:, Date:, Subject:, one line each", " | ".join(lines[1:]))
+    if not _is_date(fields["Date"]):
+        raise _bad(name, "Date: RFC 2822 with a zone", fields["Date"])
     return fields, body
+
+
+def _is_date(text: str) -> bool:
+    """True for a date that stands for one moment wherever it is read; ``-0000`` is local time to `email`."""
+    try:
+        return parsedate_to_datetime(text).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def _parse_diff(name: str, diff: bytes) -> tuple[FilePatch, ...]:
@@ -128,9 +141,9 @@ def _hunk_lines(lines: list[bytes], at: int, old: int, new: int) -> tuple[tuple[
     body: list[bytes] = []
     while at < len(lines) and (old > 0 or new > 0 or lines[at].startswith(_NO_NEWLINE)):
         kind = lines[at][:1]
-        if kind == b"\\":
-            body[-1] = body[-1].rstrip(b"\n")
-        elif kind in b" -+" and kind:
+        if lines[at].startswith(_NO_NEWLINE) and body:
+            body[-1] = body[-1].removesuffix(b"\n")
+        elif kind in b" -+":
             body.append(lines[at])
             old -= kind in b" -"
             new -= kind in b" +"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from vllm_patches.errors import PatchesError
 
+_SETTING = re.compile(r"""(?P<name>\S+)=(?P<value>'.*'|".*")""")
 # Most specific first, as pip itself resolves them; `pip config list` has merged the files already.
 _SECTIONS = (":env:", "download", "install", "global")
 
@@ -40,7 +42,8 @@ class PipSettings:
 
 def read_settings() -> PipSettings:
     """Ask ``pip config list`` of this interpreter; raises `PatchesError` where pip is missing."""
-    command = [sys.executable, "-m", "pip", "config", "list"]
+    # Three times verbose makes up for a user's `quiet`, under which pip would list nothing at all.
+    command = [sys.executable, "-m", "pip", "-vvv", "config", "list"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PatchesError(
@@ -52,11 +55,9 @@ def read_settings() -> PipSettings:
 
 
 def parse_settings(listing: str) -> PipSettings:
-    """The settings in the output of ``pip config list`` (``section.key='value'`` lines)."""
-    values: dict[str, str] = {}
-    for line in listing.splitlines():
-        name, _, value = line.partition("=")
-        values[name] = str(ast.literal_eval(value))
+    """The settings in the output of ``pip config list`` (``section.key='value'`` lines; others are pip's chatter)."""
+    matches = filter(None, map(_SETTING.fullmatch, listing.splitlines()))
+    values = {match["name"]: str(ast.literal_eval(match["value"])) for match in matches}
 
     def get(key: str) -> str:
         return next((values[f"{s}.{key}"] for s in _SECTIONS if f"{s}.{key}" in values), "")
@@ -70,8 +71,17 @@ def parse_settings(listing: str) -> PipSettings:
         client_cert=get("client-cert"),
         proxy=get("proxy"),
         trusted_hosts=tuple(get("trusted-host").split()),
-        timeout=float(get("timeout") or get("default-timeout") or 15),
+        timeout=_seconds(get("timeout") or get("default-timeout") or "15"),
     )
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise PatchesError(
+            "pip's timeout is not a number", expected="seconds", found=text, next_command="pip config debug"
+        ) from error
 
 
 def _as_folder(place: str) -> Path | None:

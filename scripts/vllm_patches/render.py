@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Self, TextIO
 
 from vllm_patches.check import CheckReport
 from vllm_patches.errors import PatchesError
+from vllm_patches.install import Installed, InstallOutcome
 from vllm_patches.outcome import Applied, ApplyOutcome
 from vllm_patches.treecheck import Fit, TreeReport
+from vllm_patches.verify import Verified
 
 if TYPE_CHECKING:
     from vllm_patches.newpin import NewPin
@@ -84,6 +86,33 @@ def tree_text(report: TreeReport) -> str:
                 lines.append(f"{place}: at line {hunk.line}, {hunk.offset:+d} lines")
             elif hunk.fit is Fit.IN and patch.fit is Fit.PARTLY:
                 lines.append(f"{place}: already in, at line {hunk.line}")
+    return "\n".join(lines)
+
+
+def installed_text(result: Installed) -> str:
+    """What became of the package, fix by fix, and how to see or undo it."""
+    lines = [f"vLLM {result.version} in {result.site}: {result.outcome.value}", *result.notes]
+    if result.rows:
+        lines.append(
+            table([("fix", "name", "result", "why"), *((r.fix, r.name, r.result, r.reason) for r in result.rows)])
+        )
+    lines += [f"  {path}" for path in result.files]
+    if result.outcome is InstallOutcome.INSTALLED:
+        lines.append("see it: vllm-patches verify; take it back: vllm-patches uninstall")
+    return "\n".join(lines)
+
+
+def verified_text(report: Verified) -> str:
+    """A line per fix, every broken claim, and the verdict."""
+    lines = [f"{report.where}: {report.kind}, vLLM {report.version or report.release or 'of unknown version'}"]
+    rows = [("fix", "name", "status", "told by", "")]
+    rows += [(fix.fix, fix.name, fix.status.value, fix.by, fix.detail) for fix in report.fixes]
+    lines.append(table(rows))
+    lines += [f"problem: {problem}" for problem in report.problems]
+    wrong = [fix.fix for fix in report.fixes if not fix.status.fine]
+    lines.append(
+        "all fixes that this vLLM needs are in" if report.ok else f"NOT VERIFIED: {', '.join(wrong) or 'see above'}"
+    )
     return "\n".join(lines)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,8 @@ HEADER = """\
 
 def load_fixes(path: Path) -> dict[str, Fix]:
     """The five fixes by id, in order."""
-    rows = _load(path).get("fix", [])
-    return {row["id"]: _fix(row, path) for row in rows}
+    fixes = [_fix(row, path) for row in _load(path).get("fix", [])]
+    return {fix.id: fix for fix in fixes}
 
 
 def load_releases(path: Path) -> dict[str, Release]:
@@ -85,7 +87,8 @@ def _dump_wheels(wheels: tuple[Wheel, ...]) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
+    """The inside of a TOML basic string; JSON's escapes are TOML's, but for DEL, which only TOML forbids."""
+    return json.dumps(text, ensure_ascii=False)[1:-1].replace("\x7f", "\\u007f")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -113,8 +116,8 @@ def _fix(row: dict[str, Any], path: Path) -> Fix:
             parts=tuple(row["parts"]),
             upstream_commit=row.get("upstream_commit", ""),
         )
-    except KeyError as error:
-        raise _bad(path, f"fix {row.get('id', '?')} to have the key {error}", "none") from error
+    except (KeyError, TypeError) as error:
+        raise _bad(path, f"a complete block for fix {row.get('id', '?')}", f"{error!r}") from error
 
 
 def _release(row: dict[str, Any], path: Path) -> Release:
@@ -124,7 +127,7 @@ def _release(row: dict[str, Any], path: Path) -> Release:
             raise _bad(path, f"release {row['version']} to state {', '.join(FIX_IDS)}", ", ".join(states))
         return Release(
             version=row["version"],
-            date=row["date"],
+            date=_date(row["date"]),
             sdist=row["sdist"],
             sha256=row["sha256"],
             size=row["size"],
@@ -135,12 +138,18 @@ def _release(row: dict[str, Any], path: Path) -> Release:
             revision=row.get("revision", 0),
             wheels=tuple(Wheel(w["file"], w["sha256"], w["size"]) for w in row.get("wheels", [])),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise _bad(path, f"a complete block for {row.get('version', '?')}", f"{error!r}") from error
 
 
 def _state(row: dict[str, str]) -> FixState:
     return FixState(State(row["state"]), row["evidence"], row.get("note", ""))
+
+
+def _date(value: object) -> datetime.date:
+    if not isinstance(value, datetime.date):
+        raise ValueError(f"date = {value!r}: a TOML date has no quotes")
+    return value
 
 
 def _bad(path: Path, expected: str, found: str) -> PatchesError:

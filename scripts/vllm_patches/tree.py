@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from vllm_patches import cache, git
 from vllm_patches.commits import Entry, pristine_stream, series_stream
@@ -19,6 +18,7 @@ from vllm_patches.model import Patch, Release, Series
 from vllm_patches.sdist import entries, open_sdist
 
 PRISTINE = "pristine"
+_RECORD = "pristine.json"
 
 
 @dataclass(frozen=True)
@@ -38,23 +38,47 @@ def branch_name(release: Release) -> str:
 def pristine_objects(release: Release, sdist: Path) -> Pristine:
     """The pristine objects of *release*, made from *sdist* the first time and kept in the cache."""
     folder = cache.pristine_path(release.sha256)
-    known = folder / "pristine.json"
-    if known.is_file():
-        record = json.loads(known.read_text(encoding="utf-8"))
-        if _file_hash(folder / "objects.pack") == record["pack_sha256"]:
-            return Pristine(folder, record["commit"], record["pack_sha256"])
-        shutil.rmtree(folder)  # damaged: content-addressed, so it is made again
+    cache.sweep(folder.parent, ".making-*")
+    there = folder.exists()  # it appears whole, by a rename: where it is there and unsound, it was damaged
+    if known := _load(folder):
+        return known
     with cache.disk_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        cache.sweep(time.time())
-        with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as scratch:
-            made = _make_pristine(release, sdist, Path(scratch))
+        if there:
+            shutil.rmtree(folder)
+        with cache.scratch(folder.parent, ".making-") as scratch:
+            made = _make_pristine(release, sdist, scratch)
             try:
                 made.rename(folder)
             except OSError:  # another process was faster; its objects are the same
-                if not known.is_file():
+                if not folder.is_dir():
                     raise
-    return pristine_objects(release, sdist)
+    return _load(folder) or _unsound(release, folder)
+
+
+def _load(folder: Path) -> Pristine | None:
+    """The objects in *folder*; None where there are none, or where any byte is not as it was written."""
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(record, dict) or record != _record(folder, str(record.get("commit"))):
+        return None
+    return Pristine(folder, record["commit"], record["objects.pack"])
+
+
+def _record(folder: Path, commit: str) -> dict[str, str]:
+    """What is noted of the objects: their commit, their hashes, and a hash over these."""
+    noted = {"commit": commit} | {name: _file_hash(folder / name) for name in ("objects.pack", "objects.idx")}
+    return noted | {"check": hashlib.sha256(json.dumps(noted).encode()).hexdigest()}
+
+
+def _unsound(release: Release, folder: Path) -> NoReturn:
+    raise PatchesError(
+        "the cache does not keep what is written to it",
+        release=release.version,
+        file=str(folder),
+        next_command=f"rm -rf {cache.root()} && make apply PIN={release.version}",
+    )
 
 
 def _make_pristine(release: Release, sdist: Path, scratch: Path) -> Path:
@@ -69,8 +93,7 @@ def _make_pristine(release: Release, sdist: Path, scratch: Path) -> Path:
     for file in (repository / ".git" / "objects" / "pack").iterdir():
         if file.suffix in (".pack", ".idx"):
             file.rename(out / f"objects{file.suffix}")
-    record = {"commit": commit, "pack_sha256": _file_hash(out / "objects.pack")}
-    (out / "pristine.json").write_text(json.dumps(record), encoding="utf-8")
+    (out / _RECORD).write_text(json.dumps(_record(out, str(commit))), encoding="utf-8")
     return out
 
 
@@ -88,8 +111,7 @@ def build_tree(release: Release, series: Series, pristine: Pristine, directory: 
 
 def series_head(release: Release, series: Series, pristine: Pristine) -> str:
     """The commit that the series ends in, without writing any work tree."""
-    with tempfile.TemporaryDirectory(prefix=".head-", dir=pristine.folder.parent) as scratch:
-        repository = Path(scratch)
+    with cache.scratch(pristine.folder.parent, ".head-") as repository:
         git.init(repository, branch_name(release))
         _copy_objects(pristine, repository)
         return commit_series(repository, release, series.patches, pristine.commit, "refs/heads/head")

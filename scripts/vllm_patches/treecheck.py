@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_patches.catalog import DEFAULT_PIN, Catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import index_of, mismatch, reverse, split_lines
+from vllm_patches.hunks import blob_id, index_of, mismatch, reverse, split_lines
 from vllm_patches.model import FilePatch, Hunk, Patch, Release, Series
 
 _VERSION_FILES = (
@@ -78,11 +78,10 @@ def check_tree(catalog: Catalog, tree: Path, release: Release | None = None) -> 
     """Hold the series of *release* (or of the release that fits best) against the files of *tree*."""
     if not tree.is_dir():
         raise PatchesError("not a folder", file=str(tree), next_command=f"ls -ld {tree}")
-    if release is not None and not release.series:
-        raise PatchesError("there is no series for this release", release=release.version, next_command="make matrix")
     chosen_by = "--pin"
     if release is None:
         release, chosen_by = _choose(catalog, tree)
+    catalog.need_series(release)
     series = catalog.series_of(release)
     return TreeReport(str(tree), release.version, chosen_by, fit_series(series, _read(tree, series)))
 
@@ -92,24 +91,24 @@ def fit_series(series: Series, files: Files) -> tuple[PatchFit, ...]:
 
     (Undoing each alone would miss a patch whose surroundings a later one has changed.)
     """
-    there: set[str] = set()
+    there: dict[str, tuple[HunkFit, ...]] = {}
     for patch in reversed(series.patches):
-        undone, _ = _try([reverse(file) for file in patch.files], files)
+        undone, found = _try([reverse(file) for file in patch.files], files)
         if undone is not None:
             files = undone
-            there.add(patch.name)
+            there[patch.name] = tuple(replace(fit, fit=Fit.IN) for fit in found)
     fits: list[PatchFit] = []
     for patch in series.patches:
-        fit, files = _fit_patch(patch, files, patch.name in there)
+        fit, files = _fit_patch(patch, files, there.get(patch.name))
         fits.append(fit)
     return tuple(fits)
 
 
-def _fit_patch(patch: Patch, files: Files, is_in: bool) -> tuple[PatchFit, Files]:
+def _fit_patch(patch: Patch, files: Files, undone: tuple[HunkFit, ...] | None) -> tuple[PatchFit, Files]:
     """One patch against the tree without what is in, and the tree after it where it goes on."""
     applied, fits = _try(patch.files, files)
-    if applied is not None and is_in:
-        return PatchFit(patch.name, Fit.IN, tuple(replace(fit, fit=Fit.IN) for fit in fits)), applied
+    if applied is not None and undone is not None:
+        return PatchFit(patch.name, Fit.IN, undone), applied
     if applied is not None:
         moved = any(fit.offset for fit in fits)
         return PatchFit(patch.name, Fit.OFFSET if moved else Fit.APPLIES, fits), applied
@@ -144,16 +143,18 @@ def _try(sections: Sequence[FilePatch], files: Files) -> tuple[Files | None, tup
 
 
 def _try_file(section: FilePatch, lines: list[bytes]) -> tuple[list[bytes], list[HunkFit]]:
+    """Hunk by hunk; lines are counted as they stand before the first of them, where one looks for them."""
     fits: list[HunkFit] = []
     drift = 0  # how far earlier hunks of this file moved the later ones
     for number, hunk in enumerate(section.hunks, 1):
         stated = index_of(hunk.old_start, hunk.old_count)
         at = _locate(hunk, lines, stated + drift)
         if at is None:
-            fits.append(_conflict(section.path, number, hunk, lines, stated + drift))
+            conflict = _conflict(section.path, number, hunk, lines, stated + drift)
+            fits.append(replace(conflict, line=conflict.line - drift))
             continue
         offset = at - stated - drift
-        fits.append(HunkFit(section.path, number, Fit.OFFSET if offset else Fit.APPLIES, offset, at + 1))
+        fits.append(HunkFit(section.path, number, Fit.OFFSET if offset else Fit.APPLIES, offset, at + 1 - drift))
         lines = lines[:at] + hunk.new + lines[at + hunk.old_count :]
         drift += len(hunk.new) - hunk.old_count
     return lines, fits
@@ -196,7 +197,7 @@ def _read(tree: Path, series: Series) -> Files:
 
 
 def _choose(catalog: Catalog, tree: Path) -> tuple[Release, str]:
-    """The release that the tree's own version file names, else the one whose patches fit best."""
+    """The release that the tree's own version file names, else the one whose files and patches fit best."""
     for name, pattern in _VERSION_FILES:
         path = tree / name
         match = re.search(pattern, path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else None
@@ -204,10 +205,8 @@ def _choose(catalog: Catalog, tree: Path) -> tuple[Release, str]:
         release = catalog.releases.get(version[0]) if version else None
         if release and release.series:
             return release, f"{name} says {match[1] if match else ''}"
-    ranked = sorted(
-        catalog.pins, key=lambda release: (_fitting(catalog, tree, release), release.version == DEFAULT_PIN)
-    )
-    if not ranked or not _fitting(catalog, tree, ranked[-1]):
+    ranked = sorted((_likeness(catalog, tree, release), at) for at, release in enumerate(catalog.pins))
+    if not ranked or not ranked[-1][0][1]:
         raise PatchesError(
             "no patch of any series fits this tree",
             file=str(tree),
@@ -215,10 +214,16 @@ def _choose(catalog: Catalog, tree: Path) -> tuple[Release, str]:
             found="none of its files",
             next_command=f"ls {tree}/vllm",
         )
-    return ranked[-1], "most patches fit"
+    return catalog.pins[ranked[-1][1]], "its files and patches fit best"
 
 
-def _fitting(catalog: Catalog, tree: Path, release: Release) -> int:
+def _likeness(catalog: Catalog, tree: Path, release: Release) -> tuple[float, int, bool]:
+    """How near the tree is to a release: touched files that are its own byte for byte, then patches that fit.
+
+    Patches alone will not do: another release's longer series may fit at offsets, more of them than of its own.
+    """
     series = catalog.series_of(release)
-    fits = fit_series(series, _read(tree, series))
-    return sum(fit.fit in (Fit.APPLIES, Fit.OFFSET, Fit.IN) for fit in fits)
+    files = _read(tree, series)
+    own = [path for path, lines in files.items() if blob_id(b"".join(lines)) in series.blob_chain(path)]
+    fitting = [fit for fit in fit_series(series, files) if fit.fit in (Fit.APPLIES, Fit.OFFSET, Fit.IN)]
+    return len(own) / max(len(series.paths), 1), len(fitting), release.version == DEFAULT_PIN

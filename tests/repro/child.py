@@ -1,9 +1,10 @@
-"""Run the checks of one case against one vLLM source tree, in this process, and record every outcome.
+"""Run cases against one vLLM source tree, each in a process of its own, and record every outcome.
 
-    python tests/repro/child.py --case mla_flat_buffer --tree DIR --release 0.20.2 --result out.json
+    python tests/repro/child.py mla_flat_buffer --tree DIR --release 0.20.2 --out FOLDER
 
-The result file is rewritten before and after each check, so that a check that kills the process is
-named by what it left behind. Exit status 0 says only that every check was run; the verdict is the file's.
+The imports that all cases need (torch, triton, vLLM's configuration: most of the time a case takes) are made once;
+each case is then forked off. Its result file is rewritten before and after each check, so that a check that kills the
+process is named by what it left behind. Exit status 0 says only that every case was run; the verdict is the files'.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# None of these reads a file that a patch touches, and importing them starts no thread that a fork would lose.
+PRELOAD = ("torch", "triton", "vllm.config")
 
 
 def prepare_environment(tree: Path) -> None:
@@ -63,27 +67,75 @@ def write_result(path: Path, result: dict[str, object]) -> None:
     beside.replace(path)
 
 
+def run_case(name: str, release: str, tree: Path, path: Path, only: list[str]) -> None:
+    """Import the case and run its checks, one by one, in this process."""
+    result: dict[str, object] = {"case": name, "release": release, "checks": []}
+    started = time.perf_counter()
+    write_result(path, result | {"running": "import"})
+    case = importlib.import_module(name).CASE
+    result["import_seconds"] = round(time.perf_counter() - started, 3)
+    result["stock_fails"] = case.stock_fails.get(release, {})
+    for check in only or list(case.checks):
+        write_result(path, result | {"running": check})
+        result["checks"].append(run_check(case, check, tree))  # type: ignore[attr-defined]
+    result["seconds"] = round(time.perf_counter() - started, 3)
+    write_result(path, result | {"complete": True})
+
+
+def run_forked(name: str, options: argparse.Namespace, tree: Path) -> None:
+    """Run one case in a process of its own, which has this one's imports; record how that process ended."""
+    path = options.out / f"{name}.json"
+    write_result(path, {"running": "nothing yet"})
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            log = os.open(options.out / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            run_case(name, options.release, tree, path, options.only)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    ending = wait_for(pid, time.monotonic() + options.timeout)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    write_result(path, record | {"ending": ending})
+
+
+def wait_for(pid: int, deadline: float) -> str:
+    """How the process ended: "exit N", "killed by SIGNAL", or "no end in time" (then it is killed)."""
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return f"exit {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "no end in time"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the named case (or only the checks given) and write the result file."""
+    """Run the named cases and write a result file for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", required=True, help="module name in tests/repro/cases")
+    parser.add_argument("cases", nargs="+", help="module names in tests/repro/cases")
     parser.add_argument("--tree", required=True, type=Path)
     parser.add_argument("--release", required=True)
-    parser.add_argument("--result", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path, help="folder for <case>.json and <case>.log")
     parser.add_argument("--only", action="append", default=[], help="run this check alone (repeatable)")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one case")
     options = parser.parse_args(argv)
     tree = options.tree.resolve()
     prepare_environment(tree)
     os.environ["VLLM_PATCHES_RELEASE"] = options.release
-    result: dict[str, object] = {"case": options.case, "release": options.release, "checks": []}
-    started = time.perf_counter()
-    write_result(options.result, result | {"running": "import"})
-    case = importlib.import_module(options.case).CASE
-    result["import_seconds"] = round(time.perf_counter() - started, 3)
-    for name in options.only or list(case.checks):
-        write_result(options.result, result | {"running": name})
-        result["checks"].append(run_check(case, name, tree))  # type: ignore[attr-defined]
-    write_result(options.result, result | {"complete": True})
+    for module in PRELOAD:
+        importlib.import_module(module)
+    for name in options.cases:
+        run_forked(name, options, tree)
     return 0
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import proof
-from proof import HERE, Side, proof_trees, run_case
+from proof import HERE, Side, proof_trees, run_cases
 from vllm_patches.catalog import open_catalog
 from vllm_patches.hunks import index_of
 from vllm_patches.model import FilePatch, Fix, Release
@@ -114,7 +114,7 @@ def judge(fix: Fix, mutant: Mutant, patched: Path) -> Verdict:
         target = tree / mutant.file
         target.unlink()  # never write through the link
         target.write_text(mutant.text, encoding="utf-8")
-        side = run_case(fix, mutant.release, "mutant", tree, mutant.killed_by)
+        side = run_cases((fix,), mutant.release, "mutant", tree, mutant.killed_by)[fix.id]
         shutil.rmtree(tree)
     result, by = _result(side)
     if mutant.equivalent:

@@ -8,14 +8,11 @@ skip, a time-out, a crash on import, a check that did not run: each is a failed 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -47,6 +44,7 @@ class Side:
     side: str  # "stock" or "patched"
     outcomes: dict[str, str]
     where: dict[str, str]  # check to file:line of the defect it met
+    stock_fails: dict[str, str]  # check to the assertion id that the case wants of this release's stock tree
     trouble: str  # why the run as a whole cannot be judged; empty if it can
     seconds: float
 
@@ -58,19 +56,19 @@ class Proof:
     fix: str
     release: str
     state: str
-    expected: dict[str, str]  # check to the assertion id that stock must reach
     stock: Side
     patched: Side | None
 
     @property
     def complaints(self) -> list[str]:
         """Everything that keeps this from being a proof; empty for a proof."""
-        found = [f"stock: {text}" for text in _judge(self.stock, self.expected)]
+        expected = self.stock.stock_fails
+        found = [f"stock: {text}" for text in _judge(self.stock, expected)]
         if self.patched is not None:
             found += [f"patched: {text}" for text in _judge(self.patched, {})]
-            if not self.expected:
+            if not expected:
                 found.append("the series carries a patch, but no check fails on the stock tree")
-        elif self.expected:
+        elif expected:
             found.append("stock must fail, but the series carries no patch")
         return found
 
@@ -94,59 +92,55 @@ def case_module(fix: Fix) -> str:
 
 
 def prove(catalog: Catalog, fix: Fix, release: Release) -> Proof:
-    """Run both sides of *fix* on *release*."""
-    case = importlib.import_module(case_module(fix)).CASE
+    """Both sides of *fix* on *release*; all fixes of one tree are run at once, so that they share its imports."""
     carried = fix.id in {patch.number for patch in catalog.series_of(release).patches}
-    stock = run_side(fix, release, "stock")
-    patched = run_side(fix, release, "patched") if carried else None
-    expected = dict(case.stock_fails.get(release.version, {}))
-    return Proof(fix.id, release.version, release.states[fix.id].state.value, expected, stock, patched)
+    stock = sides(release.version, "stock")[fix.id]
+    patched = sides(release.version, "patched")[fix.id] if carried else None
+    return Proof(fix.id, release.version, release.states[fix.id].state.value, stock, patched)
 
 
-def run_side(fix: Fix, release: Release, side: str) -> Side:
-    """Run the case of *fix* in a new process on the stock or patched tree of *release*."""
-    stock, patched = proof_trees(release.version)
-    return run_case(fix, release.version, side, stock if side == "stock" else patched)
+@cache
+def sides(version: str, side: str) -> dict[str, Side]:
+    """What the cases of all five fixes answer on the stock or patched tree of a release, by fix id."""
+    stock, patched = proof_trees(version)
+    return run_cases(tuple(open_catalog().fixes.values()), version, side, stock if side == "stock" else patched)
 
 
-def run_case(fix: Fix, version: str, side: str, tree: Path, only: tuple[str, ...] = ()) -> Side:
-    """Run the case of *fix*, or some of its checks, in a new process on *tree*."""
-    started = time.perf_counter()
+def run_cases(
+    fixes: tuple[Fix, ...], version: str, side: str, tree: Path, only: tuple[str, ...] = ()
+) -> dict[str, Side]:
+    """Run the cases of *fixes*, or some of their checks, on *tree*: each in a new process."""
     with tempfile.TemporaryDirectory(prefix="proof-") as scratch:
-        result = Path(scratch) / "result.json"
-        command = [sys.executable, str(HERE / "child.py"), "--case", case_module(fix), "--tree", str(tree)]
-        command += ["--release", version, "--result", str(result)]
+        command = [sys.executable, str(HERE / "child.py"), *map(case_module, fixes), "--tree", str(tree)]
+        command += ["--release", version, "--out", scratch, "--timeout", str(TIMEOUT)]
         command += [word for name in only for word in ("--only", name)]
-        try:
-            done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-            status: int | None = done.returncode
-            tail = (done.stdout + done.stderr)[-2000:]
-        except subprocess.TimeoutExpired:
-            status, tail = None, ""
-        record = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
-    return _read_side(version, side, record, status, tail, time.perf_counter() - started)
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
+        tail = (done.stdout + done.stderr)[-2000:] if done.returncode else ""
+        return {fix.id: _read_side(version, side, Path(scratch) / case_module(fix), tail) for fix in fixes}
 
 
-def _read_side(version: str, side: str, record: dict[str, Any], status: int | None, tail: str, seconds: float) -> Side:
-    outcomes: dict[str, str] = {}
-    where: dict[str, str] = {}
-    for check in record.get("checks", []):
-        kind = check["outcome"]
-        detail = check.get("assertion") if kind == "fail" else check.get("detail")
-        outcomes[check["check"]] = kind if kind == "pass" else f"{kind}: {detail}"
-        where[check["check"]] = check.get("where", "")
+def _read_side(version: str, side: str, path: Path, tail: str) -> Side:
+    """The result file of one case; without a complete one the run cannot be judged, and says why."""
+    result, log = path.with_suffix(".json"), path.with_suffix(".log")
+    record: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
+    checks = record.get("checks", [])
+    outcomes = {check["check"]: _outcome(check) for check in checks}
+    where = {check["check"]: check.get("where", "") for check in checks}
     trouble = ""
-    if status != 0 or not record.get("complete"):
-        trouble = f"{_ending(status)} while running {record.get('running', 'nothing')!r}\n{tail}".rstrip()
+    if record.get("ending") != "exit 0" or not record.get("complete"):
+        said = log.read_text(encoding="utf-8", errors="replace")[-2000:] if log.is_file() else tail
+        ending = record.get("ending", "not started")
+        trouble = f"{ending} while running {record.get('running', 'nothing')!r}\n{said}".rstrip()
     elif not outcomes:
         trouble = "no check was run"
-    return Side(version, side, outcomes, where, trouble, round(seconds, 1))
+    wanted = dict(record.get("stock_fails", {}))
+    return Side(version, side, outcomes, where, wanted, trouble, round(record.get("seconds", 0.0), 1))
 
 
-def _ending(status: int | None) -> str:
-    if status is None:
-        return f"no end within {TIMEOUT:.0f} s"
-    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+def _outcome(check: dict[str, Any]) -> str:
+    """ "pass", "fail: <assertion id>" or "error: <what>"."""
+    kind: str = check["outcome"]
+    return kind if kind == "pass" else f"{kind}: {check['assertion' if kind == 'fail' else 'detail']}"
 
 
 @cache
@@ -175,10 +169,9 @@ def _link_pristine(patched: Path, tree: Path, touched: tuple[str, ...]) -> None:
         target.write_bytes(contents[blob])
 
 
-def _prove_and_tell(catalog: Catalog, fix: Fix, release: Release) -> Proof:
-    found = prove(catalog, fix, release)
-    say(f"{fix.id} on {release.version}: {'; '.join(found.complaints) or 'proved'}")
-    return found
+def _run_and_tell(version: str, side: str) -> None:
+    say(f"{version}, {side} tree")
+    sides(version, side)
 
 
 def _table(proofs: list[Proof]) -> str:
@@ -210,15 +203,16 @@ def main() -> int:
     versions = [options.pin] if options.pin else list(FIRST_PINS)
     if options.pin == "all":
         versions = [name.removeprefix("v") for name in catalog.series]
-    for version in versions:
-        proof_trees(version)
-    work = [(f, catalog.release(v)) for v in versions for f in catalog.fixes.values() if f.id in (options.fix or f.id)]
+    work = [(v, side) for v in versions for side in ("stock", "patched") if proof_trees(v)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        proofs = list(pool.map(lambda item: _prove_and_tell(catalog, *item), work))
+        list(pool.map(lambda item: _run_and_tell(*item), work))
+    chosen = [fix for fix in catalog.fixes.values() if fix.id in (options.fix or catalog.fixes)]
+    proofs = [prove(catalog, fix, catalog.release(version)) for version in versions for fix in chosen]
     if options.json:
         print(json.dumps([asdict(p) | {"complaints": p.complaints} for p in proofs], indent=1))
     else:
         print(_table(proofs))
+        print("\n".join(f"{p.fix} on {p.release}: {text}" for p in proofs for text in p.complaints))
     return 0 if proofs and not any(p.complaints for p in proofs) else 1
 
 

@@ -13,7 +13,8 @@ RELEASES = [CATALOG.release(name.removeprefix("v")) for name in CATALOG.series]
 @pytest.mark.parametrize(
     ("fix", "release"),
     [
-        pytest.param(fix, release, id=f"{fix.id}-{release.version}")
+        # one worker per release: the fixes of a tree are run together and share its imports
+        pytest.param(fix, release, id=f"{fix.id}-{release.version}", marks=pytest.mark.xdist_group(release.version))
         for release in RELEASES
         for fix in CATALOG.fixes.values()
     ],

@@ -37,6 +37,11 @@ def probe(read: ReadFile) -> tuple[Site, ...]:
     return (_cuda(open_source(read, *CUDA)), _triton(open_source(read, TRITON)))
 
 
+def probe_python(read: ReadFile) -> tuple[Site, ...]:
+    """The Triton kernel alone, for a package that holds the CUDA one only compiled."""
+    return (_triton(open_source(read, TRITON)),)
+
+
 def _cuda(source: Source) -> Site:
     code = blank_comments(source.text)
     start, end = _kernel_body(source, code)

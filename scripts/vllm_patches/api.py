@@ -1,0 +1,100 @@
+"""The verbs of the command line as functions of the same names: ``from vllm_patches import api``.
+
+They return the frozen values that the command prints, and raise `PatchesError`. (The names cannot stand in
+``vllm_patches`` itself: `vllm_patches.apply` and others are its modules.) Nothing is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm_patches.errors import PatchesError
+
+if TYPE_CHECKING:
+    from vllm_patches.check import CheckReport
+    from vllm_patches.install import Installed
+    from vllm_patches.model import Release
+    from vllm_patches.outcome import Applied, Say
+    from vllm_patches.store import FindSdist
+    from vllm_patches.treecheck import TreeReport
+    from vllm_patches.verify import Verified
+
+__all__ = ["PatchesError", "apply", "check", "check_tree", "install", "uninstall", "verify"]
+
+
+def _quiet(line: str) -> None:
+    """Progress that nobody wants to see."""
+
+
+def apply(
+    pin: str = "",
+    *,
+    src: Path | None = None,
+    sdist: Path | None = None,
+    build: Path = Path("build/src"),
+    say: Say = _quiet,
+) -> Applied:
+    """A patched work tree of the release *pin* under *build*, or the patches on a new branch of the checkout *src*."""
+    from vllm_patches.apply import apply_release
+    from vllm_patches.catalog import DEFAULT_PIN, open_catalog
+    from vllm_patches.checkout import apply_checkout
+
+    catalog = open_catalog()
+    if src is not None:
+        return apply_checkout(catalog, src, catalog.release(pin) if pin else None)
+    return apply_release(catalog, catalog.release(pin or DEFAULT_PIN), _finder(sdist), build, say)
+
+
+def check(pins: Iterable[str] = (), *, sdist: Path | None = None) -> CheckReport:
+    """Every patch on every pin (or on *pins*), in and out again."""
+    from vllm_patches.catalog import open_catalog
+    from vllm_patches.check import check_catalog
+
+    catalog = open_catalog()
+    return check_catalog(catalog, [catalog.release(pin) for pin in pins] or catalog.pins, _finder(sdist))
+
+
+def check_tree(tree: Path, pin: str = "") -> TreeReport:
+    """How a series stands to a source tree of your own (``check --tree``)."""
+    from vllm_patches.catalog import open_catalog
+    from vllm_patches.treecheck import check_tree as against
+
+    catalog = open_catalog()
+    return against(catalog, tree, catalog.release(pin) if pin else None)
+
+
+def install(site: Path | None = None, *, without: Iterable[str] = (), say: Say = _quiet) -> Installed:
+    """Patch an installed vLLM in place; on any error it is as it was."""
+    from vllm_patches.catalog import open_catalog
+    from vllm_patches.install import install as put_in
+
+    return put_in(open_catalog(), site, without, say)
+
+
+def uninstall(site: Path | None = None, *, say: Say = _quiet) -> Installed:
+    """Put back every byte that `install` changed."""
+    from vllm_patches.install import uninstall as take_out
+
+    return take_out(site, say)
+
+
+def verify(path: Path | None = None, *, without: Iterable[str] = ()) -> Verified:
+    """Which of the five fixes an installed package, wheel, sdist or source tree has; look at its ``ok``."""
+    from vllm_patches.catalog import open_catalog
+    from vllm_patches.verify import verify as look
+
+    return look(open_catalog(), path, without)
+
+
+def _finder(sdist: Path | None) -> FindSdist:
+    if sdist is not None:
+        return lambda release: sdist
+
+    def fetch(release: Release) -> Path:
+        from vllm_patches.index import fetch_sdist
+
+        return fetch_sdist(release)
+
+    return fetch

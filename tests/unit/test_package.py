@@ -1,0 +1,147 @@
+"""`pip install .`: the command with the patches in it, and the three lines of a Dockerfile in a plain environment."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from installs import KERNEL, make_catalog, make_wheel, patched, put_in, sources
+from vllm_patches import api, catalog, cli
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT_FROM = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE", "ci/build_backend.py")
+
+
+def project_copy(folder: Path) -> Path:
+    """This project as a checkout has it, with the catalogue of these tests."""
+    for name in BUILT_FROM:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    make_catalog(folder / "patches")
+    return folder
+
+
+def run(*command: str | Path, code: int = 0, cwd: Path | None = None) -> str:
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VLLM_PATCHES", "VIRTUAL"))}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == code, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def pip(environment: Path, *arguments: str | Path, code: int = 0) -> str:
+    return run(environment / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check", *arguments, code=code)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain environment with this project's command in it, installed from its wheel out of its sdist."""
+    folder = tmp_path_factory.mktemp("package")
+    run(sys.executable, "-m", "venv", folder / "env")
+    pip(folder / "env", "install", "--no-deps", project_copy(folder / "project"))
+    shutil.rmtree(folder / "project")  # the installed command needs no checkout
+    return folder / "env"
+
+
+def test_the_three_lines_of_a_dockerfile(environment: Path, tmp_path: Path) -> None:
+    command = environment / "bin" / "vllm-patches"
+    pip(environment, "install", "--no-deps", make_wheel(tmp_path, "0.20.2"))
+    assert "NOT VERIFIED" in run(command, "verify", code=1)
+    run(command, "install")
+    assert "all fixes that this vLLM needs are in" in run(command, "verify")
+    (site,) = environment.glob("lib/python3*/site-packages")
+    assert (site / KERNEL).read_bytes() == patched("v0.20.2", sources("0.20.2"))[KERNEL]
+    run(command, "verify", environment)
+
+    # Every way in which pip changes the version under an installed patch set is told.
+    pip(environment, "install", "--no-deps", "--force-reinstall", make_wheel(tmp_path, "0.20.2"))
+    assert "NOT VERIFIED" in run(command, "verify", code=1)
+    run(command, "install")
+    pip(environment, "install", "--no-deps", make_wheel(tmp_path, "0.19.1"))
+    assert "vLLM 0.19.1" in run(command, "verify", code=1)
+    run(command, "install", "--without", "0001-native")
+    run(command, "verify", code=1)
+    run(command, "verify", "--without", "0001-native")
+    pip(environment, "install", "--no-deps", "--ignore-installed", make_wheel(tmp_path, "0.20.2"))
+    run(command, "verify", code=1)  # two versions are recorded now
+
+    for _ in range(2):
+        pip(environment, "uninstall", "--yes", "vllm")
+    assert not [path for path in site.rglob("*") if "vllm" in path.name and not path.name.startswith("vllm_patches")]
+
+
+def test_nothing_is_left_after_pip_uninstall(environment: Path, tmp_path: Path) -> None:
+    pip(environment, "install", "--no-deps", make_wheel(tmp_path, "0.20.2"))
+    run(environment / "bin" / "vllm-patches", "install")
+    pip(environment, "uninstall", "--yes", "vllm")
+    (site,) = environment.glob("lib/python3*/site-packages")
+    assert not (site / "vllm").exists() and not list(site.glob("vllm-*"))
+
+
+def test_the_installed_command_has_its_own_catalogue(environment: Path) -> None:
+    where = "from vllm_patches import catalog; print(catalog.patches_dir(), len(catalog.open_catalog().pins))"
+    folder, pins = run(environment / "bin" / "python", "-c", where).split()
+    assert Path(folder).is_relative_to(environment) and pins == "2"
+
+
+def test_archives_have_the_same_bytes_everywhere(tmp_path: Path) -> None:
+    hashes = []
+    for number, (mode, stamp) in enumerate(((0o644, 10**9), (0o600, 1.5 * 10**9))):
+        project = project_copy(tmp_path / str(number))
+        for path in (path for path in project.rglob("*") if path.is_file()):
+            path.chmod(mode)
+            os.utime(path, (stamp, stamp))
+        stale = project / "build" / "lib" / "vllm_patches" / "data" / "v0.1" / "retired.patch"
+        if number:
+            stale.parent.mkdir(parents=True)
+            stale.write_text("left by an older build")
+        run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--sdist", ".", cwd=project)
+        hashes.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((project / "dist").iterdir())])
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 2
+    names = {path.suffix: path for path in (project / "dist").iterdir()}
+    with zipfile.ZipFile(names[".whl"]) as wheel, tarfile.open(names[".gz"]) as sdist:
+        packed = {name.partition("/")[2].removeprefix("data/") for name in wheel.namelist()}
+        shipped = {name.partition("/")[2].removeprefix("patches/") for name in sdist.getnames()}
+    tables = {path.relative_to(ROOT / "patches").as_posix() for path in (ROOT / "patches").glob("*.toml")}
+    assert tables <= packed and tables <= shipped
+    assert "v0.20.2/series" in packed and "v0.20.2/series" in shipped
+
+
+def test_every_package_is_listed() -> None:
+    """setuptools finds packages by itself only where all of them lie below one folder, and patches/ does not."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {".".join(path.parent.relative_to(ROOT / "scripts").parts) for path in ROOT.glob("scripts/**/__init__.py")}
+    assert set(listed) == there | {f"vllm_patches.{catalog.PACKAGED}"}
+
+
+def test_a_checkout_uses_its_own_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PATCHES_DIR", raising=False)
+    assert catalog.patches_dir() == ROOT / "patches"
+
+
+def test_the_api_has_the_verbs_and_imports_nothing_early() -> None:
+    loaded = "import sys; from vllm_patches import api; print([m for m in sys.modules if m.startswith('vllm_patches')])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    told = subprocess.run([sys.executable, "-c", loaded], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "['vllm_patches', 'vllm_patches.errors', 'vllm_patches.api']"
+    for name in ("apply", "check", "install", "uninstall", "verify"):
+        assert callable(getattr(api, name)) and name in cli._parser().format_help()
+
+
+def test_the_api_does_what_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PATCHES_DIR", str(make_catalog(tmp_path / "patches").folder))
+    put_in(tmp_path / "s", "0.20.2")
+    assert not api.verify(tmp_path / "s").ok
+    assert api.install(tmp_path / "s").files
+    assert api.verify(tmp_path / "s").ok
+    assert api.check_tree(tmp_path / "s", "0.20.2").ok
+    assert api.uninstall(tmp_path / "s").files
+    assert not api.verify(tmp_path / "s").ok
