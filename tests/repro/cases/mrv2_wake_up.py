@@ -261,9 +261,7 @@ def shard(requests: list[Request], ranks: int) -> list[Request]:
     ]
 
 
-def run_step(
-    tables: block_table.BlockTables, requests: list[Request]
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def run_step(tables: block_table.BlockTables, requests: list[Request]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """New requests through BlockTables as execute_model does it."""
     for half, overwrite in ((slice(0, 1), True), (slice(1, None), False)):  # each request grows once
         for row, (first, second), _, _ in requests:
