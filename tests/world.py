@@ -249,7 +249,7 @@ def recorded(release: Release, patches: Path, sdist: Path, scratch: Path) -> Rel
     root = plain_git(scratch, "rev-list", "--max-parents=0", "HEAD")
     touched = sorted({path for change in SERIES[release.series] for path in change.edits})
     blobs = {path: plain_git(scratch, "rev-parse", f"{root}:{path}") for path in touched}
-    return replace(release, head=head, blobs=blobs)
+    return replace(release, head=head, blobs=blobs, revision=1)
 
 
 def make_template(folder: Path) -> Path:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -113,12 +114,20 @@ def build_overlay(
         "cuda_runtime": "shared with torch" if same_cuda else f"its own, {nvcc.version}",
         "torch": torch.version,
         "torch_cuda": torch.cuda,
+        "glibc_floor": glibc_floor(built),
         "driver_floor": DRIVER_FLOOR.get(nvcc.major, f"that of CUDA {nvcc.major}"),
     }
     loader = _loader(unit, torch, archs)
     notes = [f"native: {unit.source} for {', '.join(f'sm_{a}' for a in archs)}, by nvcc {nvcc.version}"]
     notes += [f"native: {arch} is left out: {why}; there upstream's kernel stays" for arch, why in dropped.items()]
+    notes.append(f"native: needs glibc {info['glibc_floor']} and driver {info['driver_floor']} or newer")
     return Overlay((*_additions(unit, built, loader), _hook(official)), info, tuple(notes))
+
+
+def glibc_floor(library: bytes) -> str:
+    """The newest glibc that the library names; built on a new system it is above what the wheel's tag promises."""
+    found = {(int(major), int(minor)) for major, minor in re.findall(rb"\0GLIBC_(\d+)\.(\d+)\b", library)}
+    return ".".join(map(str, max(found))) if found else "not stated"
 
 
 def _unit(release: Release, patches: tuple[Patch, ...]) -> Unit:

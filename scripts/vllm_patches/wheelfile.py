@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import BackgroundHash
 
 STORED, DEFLATED = 0, 8
 CHUNK = 1 << 20
@@ -276,7 +277,7 @@ class HashedSource:
     def __init__(self, file: int) -> None:
         self._file = file
         self._at = 0
-        self._hash = hashlib.sha256()
+        self._hash = BackgroundHash()
 
     def blocks(self, start: int, end: int) -> Iterator[bytes]:
         """The bytes from *start* to *end*; those before that nobody asked for are hashed and passed over."""
@@ -300,7 +301,7 @@ class ZipWriter:
     def __init__(self, file: int) -> None:
         self._file = file
         self._at = 0
-        self._hash = hashlib.sha256()
+        self._hash = BackgroundHash()
         self._members: list[Member] = []
 
     def copy(self, source: HashedSource, member: Member) -> Member:

@@ -103,6 +103,10 @@ def _no_head(world: World) -> None:
     world.write_release(replace(world.release("0.21.0"), head=""))
 
 
+def _no_revision(world: World) -> None:
+    world.write_release(replace(world.release("0.21.0"), revision=0))
+
+
 def _another_name(world: World) -> None:
     world.patch().rename(world.patch().with_name("0001-other.patch"))
     _edit(world.patches / "v0.20.2" / "series", "0001-dsa-mtp-ima", "0001-other")
@@ -130,7 +134,7 @@ def _bad_subject(world: World) -> None:
 # rule, the damage, a part of the place, of what is expected, of what is found
 BAD: list[tuple[str, Callable[[World], None], str, str, str]] = [
     ("fixes", _no_fifth_fix, "fixes.toml", "0004, 0005", "0004, 0006"),
-    ("table-form", _other_quotes, "releases.toml:19", 'sdist = "vllm', "sdist = 'vllm"),
+    ("table-form", _other_quotes, "releases.toml:21", 'sdist = "vllm', "sdist = 'vllm"),
     ("table-form", _more_lines, "releases.toml", "canonical end", "more or less"),
     ("directory-unlisted", _unnamed_directory, "patches/v0.30.0", "a release that names it", "none"),
     ("directory-missing", _no_directory, "patches/v0.21.0", "a directory", "none"),
@@ -151,6 +155,7 @@ BAD: list[tuple[str, Callable[[World], None], str, str, str]] = [
     ("blob", _another_blob, "release 0.20.1, blobs, csrc/kernel.cu", "6a8c41ae", "00"),
     ("blob", _a_blob_too_many, "release 0.21.0, blobs, README.md", "no entry", "0000"),
     ("head", _no_head, "release 0.21.0", "head", "none"),
+    ("revision", _no_revision, "release 0.21.0", "revision", "none"),
     ("patch-name", _another_name, "0001-other.patch", "0001-dsa-mtp-ima.patch", "0001-other.patch"),
     ("patch-name", _another_number, "0009-mrv2-wake-up.patch", "a number from fixes.toml", "0009-"),
     ("requires", _requires_a_later_one, "0001-dsa-mtp-ima.patch", "0003 before it", ""),

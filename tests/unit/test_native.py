@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import zipfile
@@ -39,6 +40,7 @@ def test_architectures_are_read_in_blocks_of_any_size(size: int, before: bytes, 
         (fatbin(90), (90,)),
         (b"\x50\xed\x55\xba" + b"\0" * 40 + fatbin(80, 90), (80, 90)),  # the magic by chance
         (fatbin(80, 90)[:100], ()),  # cut off
+        (fatbin(80)[:8] + struct.pack("<Q", 100) + fatbin(80, 90)[16:], ()),  # entries that run over the end
         (fatbin(75, 80) + fatbin(80, 90) * 2, (80, 90)),
     ],
 )
@@ -67,6 +69,11 @@ def test_an_architecture_that_cannot_be_built_is_refused(wanted: str, found: str
     with pytest.raises(PatchesError) as caught:
         choose_archs("0.19.1", wanted, NVCC, OFFICIAL)
     assert caught.value.found == found
+
+
+def test_the_newest_glibc_that_is_named_counts() -> None:
+    assert native.glibc_floor(b"x\0GLIBC_2.9\0GLIBC_2.34\0GLIBC_2.4\0GLIBCXX_3.5\0") == "2.34"
+    assert native.glibc_floor(b"") == "not stated"
 
 
 # With a compiler of straw: what it is asked, and what becomes of its output

@@ -232,9 +232,12 @@ def test_a_wheel_that_contradicts_its_record_is_refused(
     assert not any((tmp_path / "dist").glob("*"))
 
 
-def test_thorough_finds_a_copied_file_that_is_not_what_record_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", [lambda data: b"other", lambda data: data[:-1] + b"?"], ids=["size", "hash"])
+def test_thorough_finds_a_copied_file_that_is_not_what_record_says(
+    tmp_path: Path, other: Callable[[bytes], bytes]
+) -> None:
     files = official_files()
-    data = zipped(files, record=record_of(files | {"vllm/_C.abi3.so": b"other"}))
+    data = zipped(files, record=record_of(files | {"vllm/_C.abi3.so": other(files["vllm/_C.abi3.so"])}))
     world = _pinned(tmp_path, data)
     build(world, tmp_path / "quick")  # the pin vouches for it
     with pytest.raises(PatchesError, match=r"what RECORD says: vllm/_C\.abi3\.so"):
@@ -275,6 +278,20 @@ def test_a_native_part_can_be_left_out_and_everything_says_so(tmp_path: Path) ->
 def test_only_a_native_part_that_is_there_can_be_left_out(world: WheelWorld, tmp_path: Path) -> None:
     with pytest.raises(PatchesError, match="nothing of that name"):
         build(world, tmp_path, without=("0001-native",))
+
+
+@pytest.mark.parametrize(
+    "metadata", [b"Name: vllm\n\n", b"Version: 0.20.2\nVersion: 0.20.2\n\n", b"Version: 0.20.1\n\n"]
+)
+def test_metadata_of_another_version_is_refused(metadata: bytes) -> None:
+    with pytest.raises(PatchesError, match="no such line, or two"):
+        wheelmeta.patched_metadata(metadata, VERSION, LOCAL, ())
+
+
+@pytest.mark.parametrize("text", [b"", b"__version__ = version = '0.20.2'\n", b"__version__ = version = '0.20.1'\n"])
+def test_a_version_file_of_another_form_is_refused(text: bytes) -> None:
+    with pytest.raises(PatchesError, match="one assignment of version"):
+        wheelmeta.patched_version_file(text, VERSION, LOCAL)
 
 
 def test_versions_sort_and_a_series_that_is_not_recorded_has_none(world: WheelWorld) -> None:

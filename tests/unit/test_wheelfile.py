@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_patches import wheelfile
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import BackgroundHash
 from vllm_patches.wheelfile import HashedSource, ZipWriter, digest, read_data, read_members
 from wheelworld import official_files, zipped
 
@@ -227,3 +229,36 @@ def test_a_source_that_shrinks_while_it_is_read_is_noticed(tmp_path: Path) -> No
     os.truncate(tmp_path / "source", 4000)
     with pytest.raises(PatchesError, match="damaged"):
         ZipWriter(target).copy(HashedSource(source), member)
+
+
+def test_a_member_whose_crc_or_stream_is_wrong_is_noticed_while_it_is_read(tmp_path: Path) -> None:
+    source = opened(tmp_path, zipped({"a": b"12345" * 99, "b": b"2"}))
+    member = read_members(source, "x")[0]
+    for wrong in (
+        replace(member, crc=member.crc ^ 1),
+        replace(member, packed=member.packed + 4),  # bytes behind the end of the stream
+        replace(member, packed=member.packed - 1),
+        replace(member, size=member.size + 1),
+        replace(member, size=member.size - 1),
+    ):
+        for read in (lambda m: read_data(source, m, "x"), lambda m: digest(source, m, "sha256", "x")):
+            with pytest.raises(PatchesError):
+                read(wrong)
+    os.close(source)
+
+
+@given(sizes=st.tuples(*[st.sampled_from([0, 1, 0xFFFFFFFE, 0xFFFFFFFF, 5 << 30, 1 << 40])] * 3), extra=st.booleans())
+def test_the_directory_holds_sizes_of_any_width(sizes: tuple[int, int, int], extra: bool) -> None:
+    field = b"UT\5\0\3abcd" if extra else b""
+    member = wheelfile.Member("a", b"a", 788, 20, 0, 0, 0, 33, 7, *sizes[:2], 0, 0, field, b"note", sizes[2])
+    (parsed,) = wheelfile._parse_directory(wheelfile._central_entry(member), "x")
+    assert replace(parsed, needed=20) == member
+
+
+def test_the_hash_beside_the_work_is_that_of_all_bytes_in_order() -> None:
+    hashed, data = BackgroundHash(), os.urandom(5_000_000)
+    for at in (0, 1, 70_000, 70_001, 2_000_000, 4_999_999):
+        end = {0: 1, 1: 70_000, 70_000: 70_001, 70_001: 2_000_000, 2_000_000: 4_999_999, 4_999_999: 5_000_000}[at]
+        hashed.update(data[at:end])
+    assert hashed.hexdigest() == hashlib.sha256(data).hexdigest()
+    assert BackgroundHash().hexdigest() == hashlib.sha256(b"").hexdigest()

@@ -1,0 +1,43 @@
+"""sha256 beside the work that brings the bytes: hashing takes as long as copying, and two cores are common."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+_BATCH = 1 << 20  # small pieces are gathered: handing one over costs more than hashing it
+_AHEAD = 8  # batches that may wait, so that memory stays small
+
+
+class BackgroundHash:
+    """The sha256 of everything given to `update`, in that order, computed in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._waiting: deque[Future[None]] = deque()
+        self._batch: list[bytes] = []
+        self._size = 0
+
+    def update(self, data: bytes) -> None:
+        """Take *data*; waits only where the thread is far behind."""
+        self._batch.append(data)
+        self._size += len(data)
+        if self._size >= _BATCH:
+            self._hand_over()
+
+    def hexdigest(self) -> str:
+        """The digest of all that came; nothing may come after it."""
+        self._hand_over()
+        self._pool.shutdown()
+        for done in self._waiting:
+            done.result()
+        return self._hash.hexdigest()
+
+    def _hand_over(self) -> None:
+        while len(self._waiting) >= _AHEAD:
+            self._waiting.popleft().result()
+        data = self._batch[0] if len(self._batch) == 1 else b"".join(self._batch)
+        self._waiting.append(self._pool.submit(self._hash.update, data))
+        self._batch, self._size = [], 0
