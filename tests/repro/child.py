@@ -31,6 +31,7 @@ def prepare_environment(tree: Path) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"  # cases run side by side, and their tensors are small
     sys.dont_write_bytecode = True
     sys.path[:0] = [str(tree), str(HERE), str(HERE / "cases")]
 
