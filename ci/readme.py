@@ -6,6 +6,7 @@ by the real thing. Runs in a scratch clone, so that what the commands write stay
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -37,14 +38,20 @@ def prepare(scratch: Path) -> dict[str, str]:
     (clone / ".venv").symlink_to(ROOT / ".venv")
     run(["make", "apply"], clone)
     run(["git", "clone", "--quiet", "--branch", "pristine", "build/src/vllm-0.20.2", str(checkout)], clone)
-    sdist = next((Path.home() / ".cache").glob("vllm-patches/sdist/*/vllm-0.20.2.tar.gz"), None)
     return {
         "/path/to/checkout": str(checkout),
         "/path/to/fork": str(checkout),
         "/path/to/patches": str(clone / "patches"),
-        "SDIST=vllm-0.20.2.tar.gz": f"SDIST={sdist}" if sdist else "PIN=0.20.2",
+        "SDIST=vllm-0.20.2.tar.gz": f"SDIST={cached('sdist', 'vllm-0.20.2.tar.gz')}",
+        "/path/to/official.whl": str(cached("wheel", "vllm-0.20.2-cp38-abi3-manylinux_2_35_x86_64.whl")),
         "VERSION=0.34.0": f"VERSION={NEW_RELEASE}",
     }
+
+
+def cached(kind: str, name: str) -> Path:
+    """A file that an earlier part of CI has fetched; the README's offline examples are run on it."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-patches"
+    return next(base.glob(f"{kind}*/*/{name}"), base / name)
 
 
 def run(command: list[str] | str, cwd: Path) -> None:
