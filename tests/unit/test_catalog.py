@@ -41,6 +41,13 @@ def test_a_release_without_a_series_has_an_empty_one(world: World) -> None:
     assert world.catalog.series_of(world.release("0.19.0")).patches == ()
 
 
+def test_a_release_may_be_asked_to_have_one(world: World) -> None:
+    world.catalog.need_series(world.release())
+    with pytest.raises(PatchesError) as caught:
+        world.catalog.need_series(world.release("0.22.0"))
+    assert (caught.value.release, caught.value.expected) == ("0.22.0", "one of 0.20.1, 0.20.2, 0.21.0")
+
+
 def test_one_damaged_series_does_not_stop_another(world: World) -> None:
     world.patch("0003", "v0.21.0").write_bytes(b"not a patch")
     catalog = world.catalog
@@ -61,6 +68,7 @@ def test_an_unknown_release_names_the_nearest(world: World, wrong: str, near: st
     assert caught.value.release == wrong
     assert caught.value.expected == "one of 0.19.0, 0.20.1, 0.20.2, 0.21.0, 0.22.0"
     assert caught.value.found.startswith(f"{wrong}; nearest: {near}")
+    assert caught.value.found.count(", ") == 2, "three of them"
     assert caught.value.next_command.startswith(f"make apply PIN={near}")
 
 

@@ -27,7 +27,7 @@ LINES = st.sampled_from(
 @st.composite
 def edits(draw: st.DrawFn) -> tuple[bytes, bytes]:
     """A file and an edited copy of it, each with or without a line feed at its end."""
-    old = draw(st.lists(LINES, max_size=30))
+    old = draw(st.lists(LINES, max_size=60))
     new = list(old)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(new)))
@@ -66,6 +66,7 @@ def git_apply(patch: Patch, old: bytes) -> bytes | None:
 @example((b"", b"a\n"))
 @example((b"a\n", b""))
 @example((b"a", b"a\n"))
+@example((b"a\n" * 40, b"b\n" * 3 + b"a\n" * 30 + b"b\n" * 2 + b"a\n" * 5))
 @example((b"a\n", b"a"))
 def test_what_git_diffs_goes_in_and_comes_out(pair: tuple[bytes, bytes]) -> None:
     old, new = pair
@@ -119,6 +120,9 @@ def test_only_the_new_start_moved_is_refused() -> None:
     assert error.expected == "the hunk to leave its lines at 1, where they end up"
     assert error.found == "a hunk header that says +2,2"
     assert "--pin 1.2.3" in error.next_command
+    with pytest.raises(PatchesError) as caught:
+        apply_hunks(_file(_hunk(1, 2, b" a\n", b"-b\n", b"+c\n")), b"a\nb\n")
+    assert "--pin RELEASE" in caught.value.next_command
 
 
 def test_a_hunk_past_the_end_says_so() -> None:
@@ -132,6 +136,15 @@ def test_a_later_hunk_is_numbered() -> None:
     with pytest.raises(PatchesError) as caught:
         apply_hunks(_file(*hunks), b"a\nb\nc\n")
     assert (caught.value.hunk, caught.value.found) == (2, "line 3: c")
+
+
+def test_a_later_hunk_is_moved_by_what_the_earlier_ones_add_and_take() -> None:
+    old = b"".join(b"line %d\n" % number for number in range(60))
+    new = old.replace(b"line 5\n", b"").replace(b"line 25\n", b"line 25\nand\nmore\n").replace(b"line 50\n", b"x\n")
+    patch = git_diff(old, new)
+    assert [hunk.new_start - hunk.old_start for hunk in patch.files[0].hunks] == [0, -1, 1]
+    assert apply_patch(patch, {"f": old}) == {"f": new}
+    assert undo_patch(patch, {"f": new}) == {"f": old}
 
 
 def test_hunks_that_overlap_are_refused() -> None:

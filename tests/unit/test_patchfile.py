@@ -119,6 +119,9 @@ def test_a_refusal_within_the_diff_names_file_and_hunk() -> None:
     with pytest.raises(PatchesError) as caught:
         parse_patch("0001-x.patch", SOUND.replace(b"-last\n", b"-last\n-more\n"))
     assert (caught.value.file, caught.value.hunk) == ("vllm/a.py", 2)
+    with pytest.raises(PatchesError) as caught:
+        parse_patch("0001-x.patch", SOUND.replace(b"@@ -20 +21 @@", b"@@ -20 21 @@"))
+    assert (caught.value.file, caught.value.hunk) == ("vllm/a.py", 2)
 
 
 def test_a_missing_file_says_how_to_get_it_back(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_values_as_json_takes_them() -> None:
         "files": 3,
         "error": {"what": "it drifted", "release": "1.2.4", "expected": "x", "found": "y"},
     }
+    assert jsonable([State.LIVE, ApplyOutcome.NOTHING]) == ["live", "nothing to do"]
     assert jsonable({State.LIVE: (datetime.date(2026, 1, 2), [None, True])}) == {
         "State.LIVE": ["2026-01-02", [None, True]]
     }

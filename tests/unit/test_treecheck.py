@@ -6,9 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_hunks import git_diff
 from vllm_patches.errors import PatchesError
+from vllm_patches.hunks import split_lines
+from vllm_patches.model import Series
 from vllm_patches.render import tree_text
-from vllm_patches.treecheck import Fit, HunkFit, TreeReport, check_tree
+from vllm_patches.treecheck import Fit, HunkFit, TreeReport, check_tree, fit_series
 from world import ENGINE, FIRST, KERNEL, SCRIPT, SECOND, THIRD, World, sdist_files, snapshot, write_tree
 
 FIT_BEST = "its files and patches fit best"
@@ -79,6 +82,15 @@ def test_an_offset_backwards_within_the_file(world: World) -> None:
     assert first.fit is Fit.OFFSET
 
 
+def test_among_equal_lines_the_stated_place_is_taken() -> None:
+    """Counted with what the earlier hunks of the file have added."""
+    old = b"top\n" + b"same\n" * 60
+    new = b"top\n" + b"new\n" * 5 + b"same\n" * 30 + b"changed\n" + b"same\n" * 29
+    series = Series("v1.2.3", (git_diff(old, new),))
+    assert [fit.fit for fit in fit_series(series, {"f": split_lines(old)})] == [Fit.APPLIES]
+    assert [fit.fit for fit in fit_series(series, {"f": split_lines(new)})] == [Fit.IN]
+
+
 def test_a_patched_tree_that_moved_is_still_in(world: World) -> None:
     source = world.checkout(changes=(FIRST, SECOND, THIRD))
     _edit(source / ENGINE, b"step = 1\n", b"# one\nstep = 1\n")
@@ -108,6 +120,8 @@ def test_a_conflict_is_named_where_most_of_the_hunk_still_stands(world: World) -
     source = world.checkout()
     _edit(source / ENGINE, b"step = 1\n", b"# one\n# two\n# three\nstep = 1\n")
     _edit(source / ENGINE, b"step = 21\n", b"step = twenty-one\n")
+    with (source / ENGINE).open("ab") as file:
+        file.write(b"step = 18\nstep = 19\n")  # a place with less of it
     first = _check(world, source).patches[0].hunks[0]
     assert (first.line, first.expected, first.found) == (24, "step = 21", "step = twenty-one")
 
@@ -157,9 +171,10 @@ def test_a_missing_file_is_a_conflict_of_every_hunk(world: World) -> None:
     (source / KERNEL).unlink()
     report = _check(world, source)
     assert _fits(report) == [Fit.APPLIES, Fit.CONFLICT, Fit.APPLIES]
-    assert [(hunk.file, hunk.expected, hunk.found) for hunk in report.patches[1].hunks[:2]] == [
-        (KERNEL, "the file", "no such file")
-    ] * 2
+    assert [(hunk.file, hunk.hunk, hunk.expected, hunk.found) for hunk in report.patches[1].hunks[:2]] == [
+        (KERNEL, 1, "the file", "no such file"),
+        (KERNEL, 2, "the file", "no such file"),
+    ]
 
 
 def test_crlf_line_ends_are_named(world: World) -> None:
