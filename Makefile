@@ -72,7 +72,7 @@ record: $(VENV)/run.stamp ## write HEAD and blobs of every pin to patches/releas
 
 .PHONY: test
 test: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## all tests
-	@$(BIN)/python -m pytest -n auto --dist loadgroup $(TESTS)
+	@$(BIN)/python -m pytest -n auto --dist load $(TESTS)
 
 .PHONY: test-wheels
 test-wheels: $(VENV)/test.stamp ## build from real wheels of four releases, install and unpack the results (1.4 GB from the index)

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -47,6 +48,9 @@ class Side:
     stock_fails: dict[str, str]  # check to the assertion id that the case wants of this release's stock tree
     trouble: str  # why the run as a whole cannot be judged; empty if it can
     seconds: float
+
+
+Answers = Callable[[str, str], dict[str, Side]]  # (release, "stock" or "patched") to the sides by fix id
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,12 @@ def case_module(fix: Fix) -> str:
     return fix.slug.replace("-", "_")
 
 
-def prove(catalog: Catalog, fix: Fix, release: Release) -> Proof:
+def prove(catalog: Catalog, fix: Fix, release: Release, answers: Answers | None = None) -> Proof:
     """Both sides of *fix* on *release*; all fixes of one tree are run at once, so that they share its imports."""
+    answers = answers or sides
     carried = fix.id in {patch.number for patch in catalog.series_of(release).patches}
-    stock = sides(release.version, "stock")[fix.id]
-    patched = sides(release.version, "patched")[fix.id] if carried else None
+    stock = answers(release.version, "stock")[fix.id]
+    patched = answers(release.version, "patched")[fix.id] if carried else None
     return Proof(fix.id, release.version, release.states[fix.id].state.value, stock, patched)
 
 
