@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NEW_RELEASE = "0.15.1"  # any release that the table does not know
+NEW_RELEASE = "0.14.1"  # any release that the table does not know
 
 
 def commands(text: str) -> list[str]:

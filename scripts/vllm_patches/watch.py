@@ -103,6 +103,8 @@ def _look(fix_id: str, recorded: FixState | None, read: ReadFile) -> FixWatch:
 def _evidence_missing(recorded: FixState, read: ReadFile) -> str | None:
     """Why the recorded ``file:line`` is not in the release, or None where it is."""
     path, _, line = recorded.evidence.rpartition(":")
+    if not path:  # code that is absent need not have a line
+        return None
     text = read(path)
     if text is not None and int(line) <= text.count("\n"):
         return None
