@@ -29,6 +29,9 @@ _ALWAYS = {"GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
 # repositories are rebuilt from the sdist, and the cached pack is hashed at each use.
 _SETTINGS = ("core.hooksPath=/dev/null", "core.fsync=none", "gc.auto=0", "maintenance.auto=false")
 
+# git reads ~/.config/git/attributes and ~/.config/git/ignore even where it is to read no configuration.
+_PINNED_SETTINGS = ("core.attributesFile=/dev/null", "core.excludesFile=/dev/null")
+
 
 def _environment(directory: Path, pinned: bool) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
@@ -43,6 +46,7 @@ def _environment(directory: Path, pinned: bool) -> dict[str, str]:
 def _command(directory: Path, arguments: Sequence[str], pinned: bool) -> list[str]:
     settings = list(_SETTINGS)
     if pinned:
+        settings += _PINNED_SETTINGS
         # The user's own environment has judged the folder by now; the pinned one cannot see their safe.directory.
         settings.append(f"safe.directory={directory.resolve()}")
     options = [word for setting in settings for word in ("-c", setting)]
@@ -223,7 +227,7 @@ def checkout(directory: Path, branch: str) -> None:
     """Write the files of *branch* into the empty work tree of a repository of ours."""
     arguments = ("-c", f"checkout.workers={os.cpu_count() or 1}", "checkout", "--quiet", "--force", branch)
     done = _run(directory, *arguments)
-    if done.stderr:  # a file that could not be written need not make it fail
+    if any(line.startswith((b"error:", b"fatal:")) for line in done.stderr.splitlines()):  # it may go on, and exit 0
         raise _failure(directory, arguments, done.returncode, done.stderr)
 
 
