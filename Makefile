@@ -46,6 +46,12 @@ build: $(RUN_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=F
 		$(call option,without,WITHOUT) $(call option,cuda-archs,CUDA_ARCHS) $(call option,torch,TORCH) \
 		$(call option,sdist,SDIST) $(if $(strip $(THOROUGH)),--thorough) --out '$(DIST)' $(json)
 
+.PHONY: dist
+dist: $(RUN_ENV) ## release assets for packagers in dist/ (PIN=, FIXES='0003 0005', CHANNEL=, PROOF=FILE, SERIES=DIR, BELOW=1, BASE_URL=, SDIST_URL=)
+	@$(RUN) dist $(call option,pin,PIN) $(call option,fixes,FIXES) $(foreach one,$(CHANNEL),--channel '$(one)') \
+		$(call option,proof,PROOF) $(call option,with-series,SERIES) $(if $(strip $(BELOW)),--below) \
+		$(call option,base-url,BASE_URL) $(call option,sdist-url,SDIST_URL) $(call option,sdist,SDIST) --out '$(DIST)' $(json)
+
 .PHONY: verify
 verify: ## which of the five an installed package, wheel, sdist or tree has (TREE=, WHEEL= or SDIST=, JSON=1)
 	@PYTHONPATH=scripts $(PYTHON) -m vllm_patches verify $(foreach what,$(TREE) $(WHEEL) $(SDIST),'$(what)') $(json)
