@@ -82,12 +82,11 @@ def find(old: Sequence[Line], source: Tree, target: Tree, path: str) -> int | Ob
     there = target.files.get(path, [])
     place = {line: at for at, line in enumerate(there)}
     absent = [line for line in old if line not in place]
-    if absent:
-        return _obstacle(absent, (), source, target)
-    first, last = place[old[0]], place[old[-1]]
-    between = [line for line in there[first : last + 1] if line not in set(old)]
-    if between:
-        return _obstacle((), between, source, target)
+    present = [place[line] for line in old if line in place]
+    between = [line for line in there[present[0] : present[-1] + 1] if line not in set(old)] if present else []
+    if absent or between:
+        return _obstacle(absent, between, source, target)
+    first = present[0]
     return first if (edge := _edge(old, source, target, path)) is None else _obstacle((), [edge], source, target)
 
 
