@@ -124,7 +124,7 @@ def _name(releases: Sequence[Release], order: Order) -> str:
     if order.wish.fixes:
         parts += ["only", *order.wish.fixes]
     if order.wish.third:
-        parts += [order.wish.position.value, re.sub(r"[^A-Za-z0-9._]+", "_", order.wish.third.name)]
+        parts += [order.wish.position.value, re.sub(r"[^A-Za-z0-9._-]+", "_", order.wish.third.name)]
     return "-".join([*parts, *order.channels])
 
 
