@@ -84,6 +84,14 @@ test: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## all tests
 test-wheels: $(VENV)/test.stamp ## build from real wheels of four releases, install and unpack the results (1.4 GB from the index)
 	@WHEEL_PINS="$${WHEEL_PINS:-0.18.1 0.19.1 0.20.2 0.21.0}" $(BIN)/python -m pytest tests/wheels
 
+.PHONY: test-packaging
+test-packaging: $(VENV)/packaging.stamp $(VENV)/proof.stamp ## dist's output through the packagers' own tools, docs/packaging.md (QUICK=1: no lintian)
+	@missing=""; while read -r tool package; do command -v $$tool >/dev/null || missing="$$missing $${package:-$$tool}"; done \
+		< <(cat ci/system-packages-packaging.txt; $(if $(strip $(QUICK)),,echo lintian)); \
+	if [ -n "$$missing" ]; then echo "error: the packaging tests need:$$missing"; \
+	echo "  next:     sudo apt-get install --yes$$missing"; exit 1; fi >&2
+	@PACKAGING=$(if $(strip $(QUICK)),quick,full) PACKAGING_VENV=$(abspath $(VENV)) $(BIN)/python -m pytest tests/packaging
+
 .PHONY: prove
 prove: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## stock fails, patched passes: the table (PIN=all, FIX=0003, JSON=1)
 	@$(BIN)/python tests/repro/proof.py $(call option,pin,PIN) $(call option,fix,FIX) $(json)
@@ -130,6 +138,11 @@ $(VENV)/run.stamp: ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/pyth
 	@touch $@
 
 $(VENV)/test.stamp: ci/requirements-test.txt ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
+	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
+	@$(PIP) install -c ci/constraints.txt -r $<
+	@touch $@
+
+$(VENV)/packaging.stamp: ci/requirements-packaging.txt ci/requirements-test.txt ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
 	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
 	@$(PIP) install -c ci/constraints.txt -r $<
 	@touch $@
