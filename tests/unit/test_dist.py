@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
-from vllm_patches import __version__
+from vllm_patches import __version__, api
+from vllm_patches.dist.make import Order
 from world import ENGINE, Ran, World, plain_git, scratch_left, sdist_files, snapshot
 
 TOP = f"vllm-patches-{__version__}"
@@ -99,6 +101,13 @@ def test_a_choice_is_in_the_name_and_in_every_file(world: World) -> None:
             assert "0003" not in text.replace('"left_out": [\n  "0003"\n ]', ""), path
             if path.suffix not in (".patch",) and path.name != "MODIFICATIONS":
                 assert "0001" in text or path.name.endswith(".sh"), path
+
+
+def test_some_fixes_of_all_releases(world: World) -> None:
+    """0.21.0's series has neither of the two: it is named, and has no folder."""
+    ran = dist(world, "--channel", "quilt", "--fixes", "0001 0005")
+    assert ran.status == 0 and ran.says("vLLM 0.21.0: its series has none of 0001, 0005")
+    assert sorted(path.name for path in folder(world).iterdir() if path.is_dir()) == ["0.20.1", "0.20.2"]
 
 
 def own_series(world: World, raw: bytes) -> Path:
@@ -205,3 +214,12 @@ def test_a_kill_leaves_no_folder(world: World) -> None:
     assert one_pin(world).is_dir()  # and the next run finds its way, and sweeps
     assert scratch_left(world.root / "out") == []
     assert [path.name for path in (world.root / "out").iterdir()] == [f"{NAME}-quilt"]
+
+
+def test_the_api_does_what_the_command_does(world: World) -> None:
+    order = Order(channels=("quilt",))
+    made = api.dist(["0.20.2"], order=order, sdist=world.sdist(), out=world.root / "api")
+    top = one_pin(world)
+    assert Path(made.folder).name == top.name
+    assert made.gz_sha256 == hashlib.sha256((top / made.gz).read_bytes()).hexdigest()
+    assert [one.version for one in made.releases] == ["0.20.2+patches.1"]

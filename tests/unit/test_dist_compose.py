@@ -6,6 +6,7 @@ import datetime
 import itertools
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from vllm_patches.dist.compose import Wish, compose
 from vllm_patches.dist.stacking import Position, ThirdSeries, read_third
 from vllm_patches.errors import PatchesError
 from vllm_patches.hunks import blob_id
-from vllm_patches.model import IDENT_EMAIL, IDENT_NAME, Release, Series
+from vllm_patches.model import IDENT_EMAIL, IDENT_NAME, FixState, Release, Series, State
 from vllm_patches.patchfile import parse_patch
 from world import PATCH_DATE, plain_env, plain_git
 
@@ -293,6 +294,28 @@ def test_a_wrong_strip_level(series: Series, tmp_path: Path, stated: str, level:
         composed(series, third=third(tmp_path / "own", theirs=raw))
     assert caught.value.found == f"wrong strip level: {stated}"
     assert caught.value.expected == f"-p1: as -p{level} it would be vllm/engine.py"
+
+
+def test_a_new_file_made_for_p0(series: Series, tmp_path: Path) -> None:
+    """Stripped once more it would land beside the package."""
+    raw = b"--- /dev/null\n+++ vllm/new.py\n@@ -0,0 +1 @@\n+new\n"
+    own = third(tmp_path / "own", theirs=raw)
+    with pytest.raises(PatchesError) as caught:
+        compose(
+            RELEASE, series, Wish((), own), lambda paths: {p: PRISTINE[p] for p in paths if p in PRISTINE}, {"vllm"}
+        )
+    assert caught.value.found == "wrong strip level: vllm/new.py"
+
+
+def test_a_fix_that_the_release_does_not_need(series: Series) -> None:
+    states = {"0006": FixState(State.FIXED, ""), "0007": FixState(State.LIVE, "")}
+    release = replace(RELEASE, states=states)
+    read = PRISTINE.items
+    bundle = compose(release, series, Wish(("0003", "0006")), lambda paths: dict(read()))
+    assert [item.fix for item in bundle.items] == ["0003"]
+    for fixes in (("0006",), ("0003", "0007")):
+        with pytest.raises(PatchesError, match="the series has no patch"):
+            compose(release, series, Wish(fixes), lambda paths: dict(read()))
 
 
 def test_a_file_that_is_nowhere(series: Series, tmp_path: Path) -> None:

@@ -134,16 +134,29 @@ def test_no_series_file(tmp_path: Path) -> None:
         (b"b/vllm/engine.py", b"b/.git/config", "a path inside the tree", "b/.git/config"),
         (b"b/vllm/engine.py", b"engine.py", "-p1: a path with a folder to strip", "wrong strip level: engine.py"),
         (b"b/vllm/engine.py", b"/etc/passwd", "-p1: a path with a folder to strip", "wrong strip level: /etc/passwd"),
-        (b"--- a/", b"rename from x\n--- a/", "changed, new and deleted text files", "a rename: rename from x"),
+        (b"b/vllm/engine.py", b'"b/vllm/caf\\303\\251.py"', "a path that needs no quotes", '"b/vllm/caf\\303\\251.py"'),
+        (b"@@ -9 +9,2 @@\n nine\n", b"@@ -8,0 +9 @@\n", "context: a line that says where to insert", "none (diff -U0)"),
         (
             b"--- a/",
-            b"old mode 100644\n--- a/",
+            b"Binary files a/x and b/x differ\n--- a/",
+            "changed, new and deleted text files",
+            "a binary file: Binary files a/x and b/x differ",
+        ),
+        (
+            b"--- a/",
+            b"diff --git a/x b/y\nrename from x\n--- a/",
+            "changed, new and deleted text files",
+            "a rename: rename from x",
+        ),
+        (
+            b"--- a/",
+            b"diff --git a/x b/x\nold mode 100644\n--- a/",
             "changed, new and deleted text files",
             "a change of mode: old mode 100644",
         ),
         (
             b"--- a/",
-            b"GIT binary patch\n--- a/",
+            b"diff --git a/x b/x\nGIT binary patch\n--- a/",
             "changed, new and deleted text files",
             "a binary file: GIT binary patch",
         ),
@@ -157,3 +170,16 @@ def test_a_patch_that_is_refused(tmp_path: Path, old: bytes, new: bytes, expecte
         read_third(folder(tmp_path, raw=PLAIN.replace(old, new)))
     assert (caught.value.patch, caught.value.expected, caught.value.found) == ("theirs.patch", expected, found)
     assert caught.value.next_command
+
+
+def test_prose_may_use_gits_words(tmp_path: Path) -> None:
+    raw = b"copy from the release\nold mode was wrong\nBinary files are not touched\n" + PLAIN
+    assert [section.path for section in parse_unified("t", raw)] == ["vllm/engine.py"]
+
+
+def test_a_plain_section_after_one_of_gits_has_no_index_line() -> None:
+    """Only what stands above it, and below the last hunk, is a section's own header."""
+    git = b"diff --git a/x/y b/x/y\nindex 1111111..2222222 100755\n--- a/x/y\n+++ b/x/y\n@@ -1 +1 @@\n-1\n+2\n"
+    first, second = parse_unified("t", git + b"--- a/x/z\n+++ b/x/z\n@@ -1 +1 @@\n-1\n+2\n")
+    assert (first.index_at, first.mode) == (1, "100755")
+    assert (second.index_at, second.mode) == (None, "")

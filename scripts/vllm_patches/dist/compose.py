@@ -7,7 +7,7 @@ patch's, or are mixed with its lines, cannot be moved: then the choice is refuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from vllm_patches.dist.bundle import Bundle, Item
@@ -17,7 +17,7 @@ from vllm_patches.dist.stacking import Position, ThirdPatch, ThirdSeries
 from vllm_patches.dist.unified import NO_BLOB, Kind, Section, bad_patch, parse_unified, rewrite, wrong_strip
 from vllm_patches.errors import PatchesError
 from vllm_patches.hunks import apply_hunks, apply_patch, blob_id
-from vllm_patches.model import FilePatch, Patch, Release, Series
+from vllm_patches.model import Disposition, FilePatch, Patch, Release, Series
 from vllm_patches.patchfile import parse_patch
 
 Read = Callable[[Iterable[str]], Mapping[str, bytes]]  # paths to those that the release has
@@ -33,15 +33,18 @@ class Wish:
     position: Position = Position.ABOVE
 
 
-def compose(release: Release, series: Series, wish: Wish, read: Read) -> Bundle:
-    """The bundle for *release*; raises `PatchesError` where the wish cannot be met without fuzz."""
+def compose(release: Release, series: Series, wish: Wish, read: Read, tops: Collection[str] = ()) -> Bundle:
+    """The bundle for *release*; raises `PatchesError` where the wish cannot be met without fuzz.
+
+    *tops* are the release's top folders: a new file whose path starts with one of them was made for ``-p0``.
+    """
     chosen = _choose(release, series, wish.fixes)
     third = wish.third.patches if wish.third else ()
     _no_common_names(chosen, third)
     wanted = {s.path for p in series.patches for s in parse_unified(p.name, p.raw)}
     wanted |= {path for patch in third for path in _candidates(patch)}
     before = read(sorted(wanted))
-    _check_strip(third, before)
+    _check_strip(third, before, tops)
     items, tree = _stack(release, series, chosen, third, wish.position, Tree.of(before))
     paths = tuple(dict.fromkeys(path for item in items for path in item.paths))
     bundle = Bundle(
@@ -61,12 +64,13 @@ def compose(release: Release, series: Series, wish: Wish, read: Read) -> Bundle:
 def _choose(release: Release, series: Series, fixes: tuple[str, ...]) -> tuple[Patch, ...]:
     """The patches of *fixes* in the order of the series; what they say they require has to be among them."""
     carried = {patch.number: patch for patch in series.patches}
-    if unknown := [fix for fix in fixes if fix not in carried]:
+    unknown = [fix for fix in fixes if fix not in carried and not _needs_none(release, fix)]
+    if unknown or (fixes and not set(fixes) & set(carried)):
         raise PatchesError(
             "the series has no patch for a fix that was asked for",
             release=release.version,
             expected=f"some of {', '.join(carried)}",
-            found=", ".join(unknown),
+            found=", ".join(unknown or fixes),
             next_command=f"vllm-patches dist --pin {release.version} --fixes '{' '.join(carried)}'",
         )
     chosen = tuple(patch for patch in series.patches if not fixes or patch.number in fixes)
@@ -75,6 +79,11 @@ def _choose(release: Release, series: Series, fixes: tuple[str, ...]) -> tuple[P
         if missing := [word for word in required if word not in {p.number for p in chosen}]:
             raise _not_closed(release, patch, missing, {p.number for p in chosen}, f"Requires: {', '.join(required)}")
     return chosen
+
+
+def _needs_none(release: Release, fix: str) -> bool:
+    """True where upstream's own code of that release is sound, or has nothing that could be wrong."""
+    return fix in release.states and release.disposition(fix) in (Disposition.FIXED, Disposition.ABSENT)
 
 
 def _not_closed(
@@ -108,11 +117,13 @@ def _candidates(patch: ThirdPatch) -> set[str]:
     return found - {""}
 
 
-def _check_strip(third: Iterable[ThirdPatch], files: Mapping[str, bytes]) -> None:
+def _check_strip(third: Iterable[ThirdPatch], files: Mapping[str, bytes], tops: Collection[str]) -> None:
     created: set[str] = set()
     for patch in third:
         for section in patch.sections:
             if section.kind is Kind.CREATE:
+                if section.stated.partition("/")[0] in tops:
+                    raise wrong_strip(patch.name, section.stated, f"as -p0 it would be {section.stated}")
                 created.add(section.path)
             elif section.path not in files and section.path not in created:
                 for level, path in ((0, section.stated), (2, section.path.partition("/")[2])):

@@ -84,6 +84,7 @@ def make_dist(
     _check_channels(order.channels)
     for release in releases:
         catalog.need_series(release)
+    releases = _concerned(catalog, releases, order, say)
     top = _name(releases, order)
     target = out / top
     _refuse_existing(target)
@@ -101,6 +102,17 @@ def make_dist(
     _write(target, [*everything, tarball.sums(everything), tarball.sri_sums(everything)])
     hashes = [sha256(asset.data) for asset in packed]
     return Dist(str(target), len(everything) + 2, packed[0].path, hashes[0], packed[1].path, hashes[1], tuple(made))
+
+
+def _concerned(catalog: Catalog, releases: Sequence[Release], order: Order, say: Say) -> Sequence[Release]:
+    """Asked for some fixes of all releases, those that carry one of them; the others are named."""
+    if not order.all_releases or not order.wish.fixes:
+        return releases
+    carried = {r.version: {p.number for p in catalog.series_of(r).patches} & set(order.wish.fixes) for r in releases}
+    for release in releases:
+        if not carried[release.version]:
+            say(f"vLLM {release.version}: its series has none of {', '.join(order.wish.fixes)}")
+    return [release for release in releases if carried[release.version]] or releases
 
 
 _TABLES = ("fixes.toml", "releases.toml")
@@ -156,7 +168,8 @@ def _release(
     def read(paths: Iterable[str]) -> dict[str, bytes]:
         return {path: bytes(tree[path]) for path in paths if path in tree}
 
-    bundle = compose(release, series, order.wish, read)
+    tops = {path.partition("/")[0] for path in tree if "/" in path}
+    bundle = compose(release, series, order.wish, read, tops)
     evidence = statements.Evidence(bundle, series, catalog.fixes, order.proofs, epoch)
     wanted = order.channels or ALL_CHANNELS
     withheld = statements.withheld(evidence)

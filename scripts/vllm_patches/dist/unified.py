@@ -17,11 +17,11 @@ from vllm_patches.model import Hunk
 NO_BLOB = "0" * 40
 _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@(.*)\n?")
 _INDEX = re.compile(rb"index ([0-9a-f]{7,40})\.\.([0-9a-f]{7,40})(?: ([0-7]{6}))?\n")
-_REFUSED = {
+_BINARY = re.compile(rb"(?:Binary f|F)iles \S.* and \S.* differ\n")
+_REFUSED = {  # in git's own header; prose may start a line with the same words
     b"rename from ": "a rename",
     b"copy from ": "a copy",
     b"GIT binary patch": "a binary file",
-    b"Binary files ": "a binary file",
     b"old mode ": "a change of mode",
 }
 
@@ -54,13 +54,15 @@ def parse_unified(name: str, raw: bytes) -> tuple[Section, ...]:
         raise bad_patch(name, "LF line ends", f"CRLF in line {line}", command=f"sed -i 's/\\r$//' {name}")
     lines = raw.splitlines(keepends=True) if b"\r" not in raw else _split(raw)
     sections: list[Section] = []
-    at = 0
+    at, header = 0, False
     while at < len(lines):
         if _starts_file(lines, at):
             section, at = _read_section(name, lines, at)
             sections.append(section)
+            header = False
         else:
-            _refuse(name, lines[at], sections)
+            header = header or lines[at].startswith(b"diff --git ")
+            _refuse(name, lines[at], sections, header)
             at += 1
     if not sections:
         raise bad_patch(name, "at least one '--- a/…', '+++ b/…' and '@@ … @@'", "none")
@@ -78,11 +80,13 @@ def _starts_file(lines: Sequence[bytes], at: int) -> bool:
     return len(lines) > at + 2 and all(lines[at + n].startswith(mark) for n, mark in enumerate(wanted))
 
 
-def _refuse(name: str, line: bytes, sections: Sequence[Section]) -> None:
-    for mark, what in _REFUSED.items():
-        if line.startswith(mark):
-            found = f"{what}: {line.decode('utf-8', 'replace').rstrip()}"
-            raise bad_patch(name, "changed, new and deleted text files", found, sections[-1].path if sections else "")
+def _refuse(name: str, line: bytes, sections: Sequence[Section], header: bool) -> None:
+    what = next((what for mark, what in _REFUSED.items() if header and line.startswith(mark)), "")
+    if _BINARY.fullmatch(line):
+        what = "a binary file"
+    if what:
+        found = f"{what}: {line.decode('utf-8', 'replace').rstrip()}"
+        raise bad_patch(name, "changed, new and deleted text files", found, sections[-1].path if sections else "")
 
 
 def _read_section(name: str, lines: Sequence[bytes], at: int) -> tuple[Section, int]:
@@ -98,6 +102,8 @@ def _read_section(name: str, lines: Sequence[bytes], at: int) -> tuple[Section, 
         hunk, place = _read_hunk(name, path, lines, place, len(hunks) + 1)
         hunks.append(hunk)
     kind = _kind(old, new, words, hunks)
+    if kind is Kind.CHANGE and (bare := [n for n, hunk in enumerate(hunks, 1) if not hunk.old]):
+        raise bad_patch(name, "context: a line that says where to insert", "none (diff -U0)", path, bare[0])
     return Section(path, stated, kind, mode, index_at, tuple(hunks), tuple(places)), place
 
 
@@ -108,6 +114,8 @@ def _path(line: bytes) -> str:
 def _strip(name: str, stated: str) -> str:
     """The path below the first folder, as ``-p1`` takes it."""
     path = stated.partition("/")[2]
+    if stated.startswith('"'):
+        raise bad_patch(name, "a path that needs no quotes", stated)
     if not path or stated.startswith("/"):
         raise wrong_strip(name, stated, "a path with a folder to strip")
     if any(part in ("", ".", "..", ".git") for part in path.split("/")):
@@ -127,10 +135,10 @@ def wrong_strip(name: str, stated: str, expected: str) -> PatchesError:
 
 def _git_header(lines: Sequence[bytes], at: int) -> tuple[int | None, str, bytes]:
     """The index line, the file's mode and the words of git's own header above line *at*, where there is one."""
-    first = at
-    while first > 0 and at - first < 8 and not lines[first].startswith(b"diff --git "):
-        first -= 1
-    if not lines[first].startswith(b"diff --git "):
+    first = at - 1
+    while first > 0 and at - first < 8 and not lines[first].startswith((b"diff --git ", b"@@ -")):
+        first -= 1  # at most the modes, the similarity and the index line stand between
+    if first < 0 or not lines[first].startswith(b"diff --git "):
         return None, "", b""
     header = lines[first:at]
     index_at = next((first + n for n, line in enumerate(header) if _INDEX.fullmatch(line)), None)
