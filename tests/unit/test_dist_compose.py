@@ -177,7 +177,9 @@ def diff(old: dict[str, bytes], new: dict[str, bytes], tmp_path: Path, *options:
     """What `diff -u` of two trees prints, a and b, as most people's patches are."""
     for name, files in (("a", old), ("b", new)):
         write(tmp_path / name, files)
-    done = subprocess.run(["diff", "-Nru", *options, "a", "b"], cwd=tmp_path, capture_output=True, check=False)
+    done = subprocess.run(
+        ["diff", "-Nr", *(options or ("-u",)), "a", "b"], cwd=tmp_path, capture_output=True, check=False
+    )
     assert done.returncode == 1
     return done.stdout
 
@@ -274,6 +276,24 @@ def test_only_with_fuzz_is_refused(series: Series, tmp_path: Path) -> None:
     assert (error.patch, error.file, error.hunk) == ("theirs.patch", ENGINE, 1)
     assert (error.expected, error.found) == ("fuzz 0", "a place with fuzz 1 only")
     assert error.next_command.startswith("quilt refresh")
+
+
+def test_a_hunk_that_ends_with_the_file(series: Series, tmp_path: Path) -> None:
+    """patch takes it at the end only: not where another release, or somebody's patch, goes on."""
+    other = changed(b"step 59\nstep 60\n", b"")
+    raw = diff(other, changed(b"step 56\n", b"theirs\n", other), tmp_path / "d")
+    with pytest.raises(PatchesError) as caught:
+        composed(series, "0001", third=third(tmp_path / "own", theirs=raw))
+    assert (caught.value.expected, caught.value.found) == ("line 61: the end of the file", "line 61: step 59")
+
+
+def test_a_change_without_context_is_for_the_end(series: Series, tmp_path: Path) -> None:
+    """So git holds it."""
+    raw = diff(PRISTINE, changed(b"step 35\n", b"theirs\n"), tmp_path / "d", "-U0")
+    with pytest.raises(PatchesError, match="fits nowhere"):
+        composed(series, third=third(tmp_path / "own", theirs=raw))
+    raw = diff(PRISTINE, changed(b"step 60\n", b"theirs\n"), tmp_path / "e", "-U0")
+    strictly_applied(composed(series, third=third(tmp_path / "own", theirs=raw)), tmp_path / "tree")
 
 
 def test_text_that_is_nowhere_is_quoted(series: Series, tmp_path: Path) -> None:

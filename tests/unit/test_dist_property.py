@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 from typing import NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 from vllm_patches.dist.bundle import Bundle
@@ -90,3 +91,13 @@ def test_a_choice_is_right_or_refused(history: tuple[list[str], list[list[Edit]]
     event("accepted")
     assert lines is not None
     assert bundle.after[PATH] == data(lines)
+
+
+@pytest.mark.parametrize(("gone", "changed"), [("line 9", "line 7"), ("line 0", "line 2")], ids=["end", "start"])
+def test_a_hunk_at_an_edge_stays_at_an_edge(gone: str, changed: str) -> None:
+    """With less context on one side, patch takes a hunk at that edge of the file only: without 0001 it is not there."""
+    first = [f"line {n}" for n in range(10)]
+    series = series_of(first, [[Edit(gone, "", "delete")], [Edit(changed, "new", "replace")]])
+    with pytest.raises(PatchesError, match="0002 cannot be had without 0001") as caught:
+        compose(RELEASE, series, Wish(("0002",)), lambda paths: {PATH: data(first)})
+    assert "0001-x.patch" in caught.value.found and gone in caught.value.found

@@ -130,14 +130,28 @@ def _follow(base: Tree, target: Tree, path: str, old: Sequence[Line], new: Seque
 
 
 def nearest(hunk: Hunk, lines: list[bytes], stated: int) -> int | None:
-    """The index nearest to *stated* at which every old line of the hunk stands, or None."""
-    if mismatch(hunk, lines, stated) is None and 0 <= stated <= len(lines):
-        return stated
+    """The index nearest to *stated* at which patch and git would take the hunk without fuzz, or None."""
     old = hunk.old
     if not old:
-        return None
-    places = [at for at, line in enumerate(lines) if line == old[0] and mismatch(hunk, lines, at) is None]
+        return stated if 0 <= stated <= len(lines) else None
+    places = [at for at, line in enumerate(lines) if line == old[0] and _fits(hunk, lines, at)]
     return min(places, key=lambda at: abs(at - stated), default=None)
+
+
+def _fits(hunk: Hunk, lines: list[bytes], at: int) -> bool:
+    return mismatch(hunk, lines, at) is None and (at + hunk.old_count == len(lines) or not _wants_end(hunk))
+
+
+def _wants_end(hunk: Hunk) -> bool:
+    """With less context behind than before, patch takes a hunk at the end of the file only; with none, git does."""
+    head, tail = _context(hunk)
+    return tail < head or tail == 0
+
+
+def _context(hunk: Hunk) -> tuple[int, int]:
+    """How many lines of context the hunk begins and ends with."""
+    kinds = [line[:1] == b" " for line in hunk.lines]
+    return (kinds.index(False), kinds[::-1].index(False)) if False in kinds else (0, 0)
 
 
 def _misfit(section: Section, number: int, hunk: Hunk, target: Tree, base: Tree, stated: int) -> Misfit:
@@ -150,8 +164,11 @@ def _misfit(section: Section, number: int, hunk: Hunk, target: Tree, base: Tree,
     lines = target.texts(path)
     if fuzz := _fuzz(hunk, lines, stated):
         return Misfit(section, number, None, expected="fuzz 0", found=f"a place with fuzz {fuzz} only")
-    wrong = mismatch(hunk, lines, _likeliest(hunk, lines, stated))
-    assert wrong
+    at = _likeliest(hunk, lines, stated)
+    wrong = mismatch(hunk, lines, at)
+    if wrong is None:  # its lines are there, and it ends with the file it was made for
+        end = at + hunk.old_count
+        return Misfit(section, number, None, end + 1, "the end of the file", _show(lines[end]))
     found = "the end of the file" if wrong.found is None else _show(wrong.found)
     return Misfit(section, number, None, wrong.line, _show(wrong.expected), found)
 
@@ -162,16 +179,14 @@ def _likeliest(hunk: Hunk, lines: list[bytes], stated: int) -> int:
 
     def reach(at: int) -> int:
         wrong = mismatch(hunk, lines, at)
-        return wrong.line - at if wrong else 0
+        return wrong.line - at if wrong else hunk.old_count + 1
 
     return max(places, key=lambda at: (reach(at), -abs(at - stated)))
 
 
 def _fuzz(hunk: Hunk, lines: list[bytes], stated: int) -> int:
     """How many lines of context ``patch`` would have to ignore at each end, 1 or 2; 0 where that does not help."""
-    kinds = [line[:1] == b" " for line in hunk.lines]
-    head = kinds.index(False) if False in kinds else 0
-    tail = kinds[::-1].index(False) if False in kinds else 0
+    head, tail = _context(hunk)
     for fuzz in (1, 2):
         cut = min(fuzz, head), min(fuzz, tail)
         body = hunk.lines[cut[0] : len(hunk.lines) - cut[1]]
