@@ -24,26 +24,18 @@ class Defect(AssertionError):
 
 @dataclass
 class Case:
-    """The checks of one fix, and what the stock tree of each release must answer."""
+    """The checks of one fix. Those that ``expected.toml`` does not name for a release are controls there."""
 
     fix: str
     checks: dict[str, Callable[[Path], None]] = field(default_factory=dict)
-    # release -> check -> id of the assertion that the stock tree must reach; checks that are not
-    # listed are controls: they pass on stock too.
-    stock_fails: dict[str, dict[str, str]] = field(default_factory=dict)
-    # checks that may end the process (sanitizer, segmentation fault): run in a process of their own,
-    # and a signal counts as the assertion "signal:<NAME>".
-    isolated: set[str] = field(default_factory=set)
 
-    def check(self, name: str, *, isolated: bool = False) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    def check(self, name: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
         """Register a check; it is called with the root of the vLLM source tree under test."""
 
         def register(function: Callable[[Path], None]) -> Callable[[Path], None]:
             if name in self.checks:
                 raise ValueError(f"check {name!r} is registered twice in case {self.fix}")
             self.checks[name] = function
-            if isolated:
-                self.isolated.add(name)
             return function
 
         return register

@@ -11,6 +11,7 @@ The result files are ``<out>/<job>/<case>.json``; the number of each job that is
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -100,6 +101,7 @@ def run_group(bench: Bench, case: str, file: str, modules: list[str], jobs: list
     target = bench.tree / file
     patched = target.read_bytes()
     preload.load(modules, target)
+    gc.freeze()  # a collection in a fork would copy every page of what is imported
     order = baseline(bench, case, f"unchanged-{jobs[0].number}")
     for job in jobs:
         checks = job.checks or order

@@ -25,7 +25,7 @@ import proof
 from child import NO_END
 from mutations import Mutant, mutants_of
 from proof import HERE, Side, case_module, proof_trees, read_side
-from vllm_patches import cache
+from vllm_patches import cache, git
 from vllm_patches.catalog import Catalog, open_catalog
 from vllm_patches.render import table
 
@@ -88,7 +88,7 @@ def judge_all(version: str, mutants: list[Mutant], case_of: dict[str, str]) -> I
     to_run = []
     for mutant in mutants:
         if error := mutant.syntax_error:
-            yield judge(mutant, Side(version, "mutant", {}, {}, {}, error, 0.0))
+            yield judge(mutant, Side(version, "mutant", {}, {}, error, 0.0))
         else:
             to_run.append(mutant)
     if to_run:
@@ -183,17 +183,27 @@ def _table(verdicts: list[Verdict]) -> str:
     return table(rows)
 
 
-def record(path: Path, verdicts: list[Verdict]) -> None:
-    """Write the counts of a whole run, with date and commit, to *path*."""
-    commit = subprocess.run(
-        ["git", "-C", str(proof.ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    )
+def tested_commit() -> str:
+    """The commit of this checkout; what is not committed cannot be named in a record: an error."""
+    if changed := git.status(proof.ROOT):
+        raise SystemExit(f"error: a record names a commit, but there are changes: {changed[0]}\n  next:     git status")
+    return git.rev_parse(proof.ROOT, "HEAD") or "none"
+
+
+def record(path: Path, commit: str, verdicts: list[Verdict]) -> None:
+    """Write the counts of a whole run of *commit*, with the date and the CPU seconds of all its processes."""
+    cells = {
+        fix: {
+            release: " ".join(f"{count} {name}" for name, count in found.items()) for release, found in of_fix.items()
+        }
+        for fix, of_fix in by_cell(verdicts).items()
+    }
     data = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "cpu_seconds": round(sum(os.times()[:4])),
         "all": counts(verdicts),
-        "fixes": by_cell(verdicts),
+        "fixes": cells,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -207,8 +217,11 @@ def main() -> int:
     parser.add_argument("--listed", action="store_true", help="only the listed half-fixes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="releases side by side")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="write the counts to this file")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the counts of a whole run to this file")
     options = parser.parse_args()
+    if options.record and (options.pin or options.fix or options.listed):
+        parser.error("--record is for a whole run, without --pin, --fix and --listed")
+    commit = tested_commit() if options.record else ""
     catalog = open_catalog()
     case_of = {fix.id: case_module(fix) for fix in catalog.fixes.values()}
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -222,7 +235,7 @@ def main() -> int:
         print("\n".join(map(str, wrong)))
     print(", ".join(f"{count} {name}" for name, count in counts(verdicts).items()), file=sys.stderr)
     if options.record:
-        record(options.record, verdicts)
+        record(options.record, commit, verdicts)
     return 0 if verdicts and not wrong else 1
 
 

@@ -1,6 +1,6 @@
 """The proof of one fix on one release: the same repro on the stock and on the patched tree, each in its own process.
 
-Only the pair counts: stock fails on the assertions that the case names for this release, and on nothing else;
+Only the pair counts: stock fails on the assertions that expected.toml names for this release, and on nothing else;
 patched passes every check. Where upstream has the fix, or the code is not there, stock passes every check. An error, a
 skip, a time-out, a crash on import, a check that did not run: each is a failed proof, whatever the rest says.
 """
@@ -33,6 +33,7 @@ from vllm_patches.apply import apply_release  # noqa: E402
 from vllm_patches.catalog import Catalog, open_catalog  # noqa: E402
 from vllm_patches.index import fetch_sdist  # noqa: E402
 from vllm_patches.model import Fix, Release  # noqa: E402
+from vllm_patches.proofs import EXPECTED, stock_failures  # noqa: E402
 from vllm_patches.render import say, table  # noqa: E402
 from vllm_patches.tree import PRISTINE  # noqa: E402
 
@@ -45,7 +46,6 @@ class Side:
     side: str  # "stock" or "patched"
     outcomes: dict[str, str]
     where: dict[str, str]  # check to file:line of the defect it met
-    stock_fails: dict[str, str]  # check to the assertion id that the case wants of this release's stock tree
     trouble: str  # why the run as a whole cannot be judged; empty if it can
     seconds: float
 
@@ -62,11 +62,12 @@ class Proof:
     state: str
     stock: Side
     patched: Side | None
+    expected: dict[str, str]  # check to the id of the assertion that this release's stock tree must reach
 
     @property
     def complaints(self) -> list[str]:
         """Everything that keeps this from being a proof; empty for a proof."""
-        expected = self.stock.stock_fails
+        expected = self.expected
         found = [f"stock: {text}" for text in _judge(self.stock, expected)]
         if self.patched is not None:
             found += [f"patched: {text}" for text in _judge(self.patched, {})]
@@ -101,7 +102,14 @@ def prove(catalog: Catalog, fix: Fix, release: Release, answers: Answers | None 
     carried = fix.id in {patch.number for patch in catalog.series_of(release).patches}
     stock = answers(release.version, "stock")[fix.id]
     patched = answers(release.version, "patched")[fix.id] if carried else None
-    return Proof(fix.id, release.version, release.states[fix.id].state.value, stock, patched)
+    expected = expected_failures().get((fix.id, release.version), {})
+    return Proof(fix.id, release.version, release.states[fix.id].state.value, stock, patched, expected)
+
+
+@cache
+def expected_failures() -> dict[tuple[str, str], dict[str, str]]:
+    """What ``expected.toml`` wants of the stock trees, by fix id and release."""
+    return stock_failures(ROOT / EXPECTED)
 
 
 @cache
@@ -138,8 +146,7 @@ def read_side(version: str, side: str, path: Path, tail: str = "") -> Side:
         trouble = f"{ending} while running {record.get('running', 'nothing')!r}\n{said}".rstrip()
     elif not outcomes:
         trouble = "no check was run"
-    wanted = dict(record.get("stock_fails", {}))
-    return Side(version, side, outcomes, where, wanted, trouble, round(record.get("seconds", 0.0), 1))
+    return Side(version, side, outcomes, where, trouble, round(record.get("seconds", 0.0), 1))
 
 
 def _outcome(check: dict[str, Any]) -> str:
