@@ -797,8 +797,11 @@ FLASHMLA_SPARSE_IN_POOL = {
 @CASE.check("what the pool holds")
 def pool_contents(tree: Path) -> None:
     """Everything that initialize_kv_cache makes on the device, and so everything that a sleep discards."""
-    runner, recorder = initialize("meta")
     where = line_of(tree / WORKER, 'use_memory_pool(tag="kv_cache")', tree)
+    try:
+        runner, recorder = initialize("meta")
+    except NotImplementedError as error:  # "meta" holds no data that could be copied from it
+        raise Defect("pool", f"what belongs in the pool is copied to the host: {error}", where) from error
     expect(set(recorder.pools) == {"kv_cache"}, "pool", f"tags {sorted(recorder.pools)}", where)
     made = recorder.pools["kv_cache"]
     found = dict(walk(runner, "", set()))
