@@ -12,9 +12,10 @@ import mutants
 import preload
 import proof
 import pytest
+from child import run_forked
 from mutants import Result, judge, judge_all
 from mutations import EXCUSES, Mutant, _made, mutants_of
-from proof import Side, case_module, proof_trees
+from proof import Side, case_module, proof_trees, read_side
 from vllm_patches.catalog import open_catalog
 from vllm_patches.model import FilePatch, Hunk
 
@@ -177,9 +178,8 @@ def test_a_link_is_not_written_through(tmp_path: Path) -> None:
 # --- end to end -------------------------------------------------------------------------------------------
 
 
-def test_a_handful_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed, survived, broken, hanging and equivalent mutants of a real patch, each told for what it is."""
-    monkeypatch.setattr(mutants, "TIMEOUT", 8.0)
+def test_a_handful_end_to_end() -> None:
+    """Killed, survived, broken and equivalent mutants of a real patch, each told for what it is."""
     catalog = open_catalog()
     fix, series = catalog.fixes["0003"], catalog.series_of(catalog.release(RELEASE))
     tree = proof_trees(RELEASE)[1]
@@ -193,12 +193,11 @@ def test_a_handful_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
         listed,
         replace(listed, name="named in vain", killed_by=(*listed.killed_by, "plain decode passes the lengths through")),
         made_up("deletion", listed.text),
-        made_up("not equivalent", listed.text, equivalent="made up"),
+        made_up("not equivalent", "raise ImportError('made up')\n", equivalent="made up"),
         made_up("survivor", patched + "\n# nothing\n"),
         made_up("equivalent", patched + "\n# nothing\n", equivalent="a comment"),
         made_up("no import", "raise ImportError('made up')\n"),
         made_up("no Python", patched + "\n)\n"),
-        made_up("hangs", patched + "\nwhile True:\n    pass\n"),
     ]
     verdicts = list(judge_all(RELEASE, wrong, {fix.id: case_module(fix)}))
     assert {v.mutant.name: v.result for v in verdicts} == {
@@ -210,26 +209,51 @@ def test_a_handful_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
         "equivalent": Result.EQUIVALENT,
         "no import": Result.BROKEN,
         "no Python": Result.BROKEN,
-        "hangs": Result.HANGS,
     }
     assert (tree / listed.file).read_text(encoding="utf-8") == patched
     assert not list(proof.BUILD.glob(".mutant-*"))
 
 
 FAILING_CASE = """
+import time
 from case_api import Case, expect
 CASE = Case("0003")
 CASE.check("sound")(lambda tree: None)
 CASE.check("unsound")(lambda tree: expect(False, "made-up", "it fails", "a.py:1"))
+CASE.check("endless")(lambda tree: time.sleep(60))
 """
 
 
-def test_a_case_that_fails_on_the_patched_tree_says_nothing_of_mutants(tmp_path: Path, monkeypatch) -> None:
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> mutant_child.Bench:
+    """Where `FAILING_CASE` can be run."""
     (tmp_path / "failing_case.py").write_text(FAILING_CASE, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    bench = mutant_child.Bench(tmp_path, RELEASE, tmp_path, 60.0)
+    return mutant_child.Bench(tmp_path, RELEASE, tmp_path, timeout=0.5)
+
+
+def test_a_case_that_fails_on_the_patched_tree_says_nothing_of_mutants(bench: mutant_child.Bench) -> None:
     with pytest.raises(RuntimeError, match=r"failing_case does not pass on the patched tree .*made-up"):
         mutant_child.baseline(bench, "failing_case", "unchanged")
+
+
+def test_the_first_failure_ends_a_run_that_needs_no_more(bench: mutant_child.Bench) -> None:
+    run_forked(bench.run("deletion", "failing_case", ("sound", "unsound", "endless"), first_fail=True))
+    answer = read_side(RELEASE, "mutant", bench.out / "deletion" / "failing_case")
+    assert answer.outcomes == {"sound": "pass", "unsound": "fail: made-up"}
+    assert judge(MUTANT, answer).result is Result.KILLED
+
+
+def test_a_run_without_an_end_is_told_by_the_time_limit(bench: mutant_child.Bench) -> None:
+    run_forked(bench.run("hangs", "failing_case", ("sound", "endless")))
+    verdict = judge(MUTANT, read_side(RELEASE, "mutant", bench.out / "hangs" / "failing_case"))
+    assert (verdict.result, verdict.by) == (Result.HANGS, "no end in time while running 'endless'")
+
+
+def test_the_check_that_killed_comes_first(bench: mutant_child.Bench) -> None:
+    run = bench.run("killed", "failing_case", ("sound", "unsound"))
+    run_forked(run)
+    assert mutant_child.killers_first(["endless", "sound", "unsound"], run) == ["unsound", "endless", "sound"]
 
 
 def test_a_release_whose_mutants_cannot_be_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
