@@ -7,6 +7,7 @@ and never the expected failure of a stock tree either.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,24 @@ class Defect(AssertionError):
         self.where = where
 
 
+EXPECTED = Path(__file__).resolve().with_name("expected.toml")
+
+
 @dataclass
 class Case:
-    """The checks of one fix. Those that ``expected.toml`` does not name for a release are controls there."""
+    """The checks of one fix, and what the stock tree of each release must answer."""
 
     fix: str
     checks: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+
+    @property
+    def stock_fails(self) -> dict[str, dict[str, str]]:
+        """release -> check -> id of the assertion that the stock tree must reach, out of ``expected.toml``.
+
+        Checks that are not listed for a release are controls: they pass on stock too.
+        """
+        rows = tomllib.loads(EXPECTED.read_text(encoding="utf-8"))["expected"]
+        return {release: row["stock_fails"] for row in rows if row["fix"] == self.fix for release in row["releases"]}
 
     def check(self, name: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
         """Register a check; it is called with the root of the vLLM source tree under test."""

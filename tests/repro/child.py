@@ -97,6 +97,7 @@ def run_case(run: Run) -> None:
     write_result(run.result, result | {"running": "import"})
     case = importlib.import_module(run.case).CASE
     result["import_seconds"] = round(time.perf_counter() - started, 3)
+    result["stock_fails"] = case.stock_fails.get(run.release, {})
     for check in run.checks or case.checks:
         write_result(run.result, result | {"running": check})
         record = run_check(case, check, run.tree)

@@ -88,7 +88,7 @@ def judge_all(version: str, mutants: list[Mutant], case_of: dict[str, str]) -> I
     to_run = []
     for mutant in mutants:
         if error := mutant.syntax_error:
-            yield judge(mutant, Side(version, "mutant", {}, {}, error, 0.0))
+            yield judge(mutant, Side(version, "mutant", {}, {}, {}, error, 0.0))
         else:
             to_run.append(mutant)
     if to_run:
@@ -194,7 +194,7 @@ def record(path: Path, commit: str, verdicts: list[Verdict]) -> None:
     """Write the counts of a whole run of *commit*, with the date and the CPU seconds of all its processes."""
     cells = {
         fix: {
-            release: " ".join(f"{count} {name}" for name, count in found.items()) for release, found in of_fix.items()
+            release: ", ".join(f"{count} {name}" for name, count in found.items()) for release, found in of_fix.items()
         }
         for fix, of_fix in by_cell(verdicts).items()
     }

@@ -33,7 +33,6 @@ from vllm_patches.apply import apply_release  # noqa: E402
 from vllm_patches.catalog import Catalog, open_catalog  # noqa: E402
 from vllm_patches.index import fetch_sdist  # noqa: E402
 from vllm_patches.model import Fix, Release  # noqa: E402
-from vllm_patches.proofs import EXPECTED, stock_failures  # noqa: E402
 from vllm_patches.render import say, table  # noqa: E402
 from vllm_patches.tree import PRISTINE  # noqa: E402
 
@@ -46,6 +45,7 @@ class Side:
     side: str  # "stock" or "patched"
     outcomes: dict[str, str]
     where: dict[str, str]  # check to file:line of the defect it met
+    stock_fails: dict[str, str]  # check to the assertion id that is wanted of this release's stock tree
     trouble: str  # why the run as a whole cannot be judged; empty if it can
     seconds: float
 
@@ -62,12 +62,11 @@ class Proof:
     state: str
     stock: Side
     patched: Side | None
-    expected: dict[str, str]  # check to the id of the assertion that this release's stock tree must reach
 
     @property
     def complaints(self) -> list[str]:
         """Everything that keeps this from being a proof; empty for a proof."""
-        expected = self.expected
+        expected = self.stock.stock_fails
         found = [f"stock: {text}" for text in _judge(self.stock, expected)]
         if self.patched is not None:
             found += [f"patched: {text}" for text in _judge(self.patched, {})]
@@ -102,14 +101,7 @@ def prove(catalog: Catalog, fix: Fix, release: Release, answers: Answers | None 
     carried = fix.id in {patch.number for patch in catalog.series_of(release).patches}
     stock = answers(release.version, "stock")[fix.id]
     patched = answers(release.version, "patched")[fix.id] if carried else None
-    expected = expected_failures().get((fix.id, release.version), {})
-    return Proof(fix.id, release.version, release.states[fix.id].state.value, stock, patched, expected)
-
-
-@cache
-def expected_failures() -> dict[tuple[str, str], dict[str, str]]:
-    """What ``expected.toml`` wants of the stock trees, by fix id and release."""
-    return stock_failures(ROOT / EXPECTED)
+    return Proof(fix.id, release.version, release.states[fix.id].state.value, stock, patched)
 
 
 @cache
@@ -146,7 +138,8 @@ def read_side(version: str, side: str, path: Path, tail: str = "") -> Side:
         trouble = f"{ending} while running {record.get('running', 'nothing')!r}\n{said}".rstrip()
     elif not outcomes:
         trouble = "no check was run"
-    return Side(version, side, outcomes, where, trouble, round(record.get("seconds", 0.0), 1))
+    wanted = dict(record.get("stock_fails", {}))
+    return Side(version, side, outcomes, where, wanted, trouble, round(record.get("seconds", 0.0), 1))
 
 
 def _outcome(check: dict[str, Any]) -> str:

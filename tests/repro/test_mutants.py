@@ -24,7 +24,7 @@ MUTANT = Mutant("0003", RELEASE, "made up", "vllm/a.py", "x = 1\n")
 
 
 def side(trouble: str = "", **outcomes: str) -> Side:
-    return Side(RELEASE, "mutant", outcomes, {}, trouble, 0.0)
+    return Side(RELEASE, "mutant", outcomes, {}, {}, trouble, 0.0)
 
 
 # --- what is made of a patch ------------------------------------------------------------------------------
