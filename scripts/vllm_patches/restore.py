@@ -11,10 +11,11 @@ import os
 from pathlib import Path
 
 from vllm_patches import journal as journals
-from vllm_patches import recordfile, swap
+from vllm_patches import swap
 from vllm_patches.errors import PatchesError
 from vllm_patches.installation import Installation, owners
 from vllm_patches.journal import Entry, Journal
+from vllm_patches.record import copied
 
 
 def restore(found: Installation, journal: Journal) -> None:
@@ -106,7 +107,7 @@ def _restore_record(found: Installation, journal: Journal) -> None:
     elif live != kept.read_bytes():
         paths = [*(entry.path for entry in journal.files), *journal.compiled]
         drop = [*journals.ours(found, journal), *journal.created]
-        swap.write_file(found.record, recordfile.copied(live, kept.read_bytes(), paths, drop))
+        swap.write_file(found.record, copied(live, kept.read_bytes(), paths, drop))
 
 
 def _move_away(found: Installation, changed: list[str]) -> str:

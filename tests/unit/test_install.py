@@ -132,7 +132,12 @@ def test_patches_json(catalog: Catalog, site: Path) -> None:
 def test_the_notice_of_change_names_every_file(catalog: Catalog, site: Path) -> None:
     install(catalog, site)
     text = (site / "vllm-0.20.2.dist-info" / "MODIFICATIONS").read_text()
-    assert all(name in text for name in TOUCHED) and "0003-mla-flat-buffer.patch" in text and "#1" in text
+    assert (
+        all(name in text for name in TOUCHED)
+        and "0003-mla-flat-buffer.patch" in text
+        and "vllm/pull/1\n" in text
+        and "not affiliated" in text
+    )
 
 
 def test_uninstall_restores_every_byte_mode_and_time(catalog: Catalog, site: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 from vllm_patches import outfile, wheelmeta
 from vllm_patches.cli import main
 from vllm_patches.errors import PatchesError
+from vllm_patches.install import install
 from vllm_patches.model import Artifact, Wheel
 from vllm_patches.wheel import Built, build_wheel, release_of
 from wheelworld import (
@@ -152,6 +153,18 @@ def test_patches_json_says_what_was_done_to_every_file(world: WheelWorld, tmp_pa
         assert part in text
 
 
+def test_build_and_install_give_the_same_account(world: WheelWorld, tmp_path: Path) -> None:
+    """One form of patches.json: but for where the package came from, both ways to patch it say the same of it."""
+    made = json.loads(contents(Path(build(world, tmp_path).wheel))[NEW_INFO + "patches.json"])
+    with zipfile.ZipFile(world.official) as archive:
+        archive.extractall(tmp_path / "site")
+    install(world.catalog, tmp_path / "site", (), lambda line: None)
+    inplace = json.loads((tmp_path / "site" / INFO / "patches.json").read_bytes())
+    assert list(inplace) == list(made)
+    assert {key for key in made if made[key] != inplace[key]} == {"version", "from_wheel", "not_of_the_series"}
+    assert (inplace["version"], inplace["from_wheel"], inplace["not_of_the_series"]) == (VERSION, None, [])
+
+
 def test_the_same_input_gives_the_same_bytes(
     world: WheelWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +269,7 @@ def test_a_patched_file_that_differs_from_the_sdist_is_refused(tmp_path: Path) -
     world = _pinned(tmp_path, zipped(official_files() | {ENGINE: b"other\n"}))
     with pytest.raises(PatchesError) as caught:
         build(world, tmp_path / "dist")
-    assert (caught.value.file, caught.value.patch) == (ENGINE, "0001-dsa-mtp-ima.patch")
+    assert (caught.value.file, caught.value.patch) == (ENGINE, "0001-dsa-mtp-ima.patch, 0003-mla-flat-buffer.patch")
 
 
 def test_a_native_part_can_be_left_out_and_everything_says_so(tmp_path: Path) -> None:

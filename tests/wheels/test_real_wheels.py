@@ -18,7 +18,8 @@ import pytest
 from vllm_patches.catalog import open_catalog
 from vllm_patches.index import fetch_wheel
 from vllm_patches.model import Wheel
-from vllm_patches.wheel import Built, build_wheel, native_paths
+from vllm_patches.patchset import native_parts
+from vllm_patches.wheel import Built, build_wheel
 
 CATALOG = open_catalog()
 PINS = os.environ.get("WHEEL_PINS", "0.20.2").split()
@@ -37,7 +38,7 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     release = CATALOG.release(request.param)
     if not release.revision:
         pytest.fail("the series is not recorded: make record")
-    without = tuple(f"{p.number}-native" for p in CATALOG.series_of(release).patches if native_paths(p))
+    without = tuple(native_parts(CATALOG.series_of(release)))
     _, path = official(request.param)
     return build_wheel(
         CATALOG, release, lambda wanted: path, tmp_path_factory.mktemp("dist"), print,
