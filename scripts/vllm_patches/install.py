@@ -217,7 +217,7 @@ def _swap(found: Installation, journal: Journal) -> None:
         swap.rename(swap.beside(live), live)
         _expect(found, live, entry.after)
     for path in compiled_files(found, [entry.path for entry in journal.files]):
-        (found.site / path).unlink(missing_ok=True)
+        swap.remove(found.site / path)
     for live in (found.modifications, found.manifest, found.record):
         swap.rename(swap.beside(live), live)
     journals.move(found, Phase.INSTALLING, Phase.INSTALLED)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_patches import cache
+from vllm_patches import cache, swap
 
 
 @dataclass
@@ -22,13 +22,14 @@ class OutFile:
     beside: Path | None
 
     def publish(self, name: str) -> Path:
-        """Give the file its name; whatever had that name is replaced in one step."""
+        """Give the file its name; whatever had that name is replaced in one step, and only by what is on the disk."""
         target = self.folder / name
         os.fchmod(self.file, 0o644)
+        os.fsync(self.file)  # before the name: else a power cut could leave the name with half a file
         if self.beside is None:
             self.beside = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
             _link(self.file, self.beside)
-        self.beside.replace(target)
+        swap.rename(self.beside, target)
         return target
 
 

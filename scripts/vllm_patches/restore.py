@@ -25,7 +25,7 @@ def restore(found: Installation, journal: Journal) -> None:
         _restore_file(found, entry)
     _restore_compiled(found, journal)
     for path in journal.created:
-        (found.site / path).unlink(missing_ok=True)
+        swap.remove(found.site / path)
     _restore_record(found, journal)
     journals.discard(found, journal)
 
@@ -76,7 +76,7 @@ def _restore_compiled(found: Installation, journal: Journal) -> None:
     """The .pyc files that were there come back, those that the patched modules have since got go."""
     for path in compiled_files(found, [entry.path for entry in journal.files]):
         if path not in journal.compiled:
-            (found.site / path).unlink(missing_ok=True)
+            swap.remove(found.site / path)
     for path in journal.compiled:
         kept = journals.original(found, path)
         if os.path.lexists(kept):  # else it is back already, from a run that was interrupted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import email
+import errno
 import hashlib
 import io
 import json
@@ -18,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from durability import Disk
+from installs import become_nobody, told_by_child
 from vllm_patches import outfile, wheelmeta
 from vllm_patches.cli import main
 from vllm_patches.errors import PatchesError
@@ -388,15 +391,64 @@ def test_killed_at_any_write_leaves_nothing(world: WheelWorld, tmp_path: Path) -
     assert (tmp_path / "dist-10000" / MADE).read_bytes() == Path(build(world, tmp_path).wheel).read_bytes()
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(world: WheelWorld, tmp_path: Path) -> None:
-    prelude = (
-        "import errno\ndef full(file, data): raise OSError(errno.ENOSPC, 'No space left on device')\nos.write = full"
-    )
-    process = _in_a_process(world, tmp_path / "dist", prelude)
+@pytest.mark.parametrize("size", [0, 1, 3000, 7000])  # the wheel has about 7,100 bytes
+def test_a_full_disk_is_said_and_leaves_nothing(world: WheelWorld, tmp_path: Path, size: int) -> None:
+    """No file may grow past *size*: the kernel takes a part of a write, and refuses the rest."""
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    process = _in_a_process(world, tmp_path / "dist", f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n{limit}")
     error = process.communicate()[1].decode()
     assert process.returncode == 1
-    assert "no space left" in error
+    assert "no space left" in error and "df -h" in error
     assert not any((tmp_path / "dist").iterdir())
+    build(world, tmp_path / "big")
+    assert (tmp_path / "big" / MADE).stat().st_size > 7000
+
+
+def test_a_full_device_is_said_and_leaves_nothing(
+    world: WheelWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own ENOSPC: /dev/full in the place of the new file."""
+    real = os.open
+
+    def full(path: object, flags: int, *rest: int, **more: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            return real("/dev/full", os.O_RDWR)
+        return real(path, flags, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(PatchesError, match="no space left") as caught:
+        build(world, tmp_path / "dist")
+    assert os.strerror(errno.ENOSPC) in caught.value.found
+    assert not any((tmp_path / "dist").iterdir())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_cannot_be_written_is_said(reachable: Path, there: bool) -> None:
+    world, out = make_world(reachable / "world"), reachable / "dist"
+    assert world.catalog.series_of(world.release).patches  # read now: the child may not
+    for path in (world.folder, world.official):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    out.mkdir(mode=0o755)
+    out.chmod(0o555)
+    target = out if there else out / "new"
+    code, message = told_by_child(lambda: build(world, target), become_nobody)
+    assert code == 1, message
+    assert "cannot be written" in message and "ls -ld" in message and str(out) in message
+    assert not any(out.iterdir())
+
+
+def test_a_power_cut_finds_the_whole_wheel_or_none(
+    world: WheelWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for nameless in (True, False):
+        if not nameless:
+            monkeypatch.delattr(os, "O_TMPFILE")
+        out = tmp_path / f"dist-{nameless}"
+        with monkeypatch.context() as patched:
+            disk = Disk(patched)
+            build(world, out)
+        disk.check()
+        assert disk.named()[-1] == out / MADE
 
 
 def test_an_error_keeps_the_wheel_that_was_there(world: WheelWorld, tmp_path: Path) -> None:
