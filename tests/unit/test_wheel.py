@@ -22,10 +22,13 @@ import pytest
 from durability import Disk
 from installs import become_nobody, told_by_child
 from vllm_patches import outfile, wheelmeta
+from vllm_patches.catalog import Catalog
 from vllm_patches.cli import main
 from vllm_patches.errors import PatchesError
 from vllm_patches.install import install
 from vllm_patches.model import Artifact, Wheel
+from vllm_patches.tables import dump_releases
+from vllm_patches.verify import verify
 from vllm_patches.wheel import Built, build_wheel, release_of
 from wheelworld import (
     ENGINE,
@@ -331,6 +334,65 @@ def test_the_highest_build_number_is_chosen_and_its_tag_stays(world: WheelWorld)
     assert release.wheel_for("aarch64") is wheels[3]
     assert release.wheel_for("riscv64") is None
     assert wheelmeta.wheel_name(wheels[1], LOCAL) == f"vllm-{LOCAL}-10-cp38-abi3-manylinux_2_35_x86_64.whl"
+
+
+@pytest.fixture
+def twice(tmp_path: Path) -> WheelWorld:
+    """A release whose wheel was built twice: the first one is pinned as well, and pip takes the second."""
+    first = zipped(official_files() | {"vllm/first.py": b""})
+    (tmp_path / NAME).write_bytes(first)
+    world = make_world(tmp_path / "world", name=NAME.replace("-cp38", "-1-cp38"))
+    both = (Wheel(NAME, hashlib.sha256(first).hexdigest(), len(first)), *world.release.wheels)
+    table = world.folder / "patches" / "releases.toml"
+    table.write_text(dump_releases({VERSION: replace(world.release, wheels=both)}), encoding="utf-8")
+    return replace(world, catalog=Catalog(world.folder / "patches"))
+
+
+def test_of_two_builds_the_one_that_pip_takes_is_fetched_and_its_tag_stays(twice: WheelWorld, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def fetch(wanted: Artifact) -> Path:
+        asked.append(wanted.name)
+        return twice.official
+
+    built = build_wheel(twice.catalog, twice.release, fetch, tmp_path / "dist", print, arch="x86_64")
+    assert asked == [NAME.replace("-cp38", "-1-cp38")] == [built.from_wheel]
+    assert Path(built.wheel).name == MADE.replace("-cp38", "-1-cp38")
+    report = verify(twice.catalog, Path(built.wheel))
+    assert report.origin == f"made from {asked[0]}" and report.ok, report
+
+
+def test_the_other_build_is_known(twice: WheelWorld, tmp_path: Path) -> None:
+    """To `build`, which keeps that it has no tag, and to `verify`, which says that pip takes another."""
+    older = tmp_path / NAME
+    note = f"{NAME} (pip takes build 1 of it)"
+    assert verify(twice.catalog, older).origin == f"the official wheel {note}"
+    assert verify(twice.catalog, twice.official).origin == f"the official wheel {twice.official.name}"
+    built = build(replace(twice, official=older), tmp_path / "dist")
+    assert Path(built.wheel).name == MADE
+    report = verify(twice.catalog, Path(built.wheel))
+    assert report.origin == f"made from {note}" and report.ok, report
+    data = bytearray(older.read_bytes())
+    data[data.rindex(b"PK\1\2") + 12] ^= 1  # the time of day of one member: a sound wheel of the recorded size
+    older.write_bytes(data)
+    assert verify(twice.catalog, older).origin == ""
+
+
+def test_a_claim_to_come_from_an_unknown_wheel_is_a_problem(world: WheelWorld, tmp_path: Path) -> None:
+    made = contents(Path(build(world, tmp_path).wheel))
+    name = NEW_INFO + "patches.json"
+    for change, words in (
+        ({"from_wheel": {"file": NAME, "sha256": "0" * 64}}, f"made from {NAME}, which is no recorded wheel"),
+        ({"from_wheel": {}}, "does not say which wheel"),
+        ({"from_wheel": None}, ""),  # patched in place
+    ):
+        text = json.dumps(json.loads(made[name]) | change)
+        with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
+            for path, data in {**made, name: text}.items():
+                archive.writestr(path, data)
+        report = verify(world.catalog, tmp_path / "x.whl")
+        assert report.origin == "" and report.ok is not bool(words)
+        assert [words in problem for problem in report.problems] == [True] * bool(words)
 
 
 def test_the_release_is_told_by_the_wheels_name(world: WheelWorld) -> None:

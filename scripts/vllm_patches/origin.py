@@ -1,0 +1,42 @@
+"""Which official wheel a wheel is, or a package was made from, by sha256 against the table of releases."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from vllm_patches.model import Release, Wheel
+from vllm_patches.modifications import PATCHES_JSON
+
+
+def wheel_origin(release: Release, path: Path) -> str:
+    """In words, which of the release's recorded wheels the file *path* is; empty where it is none of them.
+
+    Where upstream has built a wheel twice, pip takes the highest build number, and the other is official all the same.
+    """
+    fitting = [wheel for wheel in release.wheels if wheel.size == path.stat().st_size]
+    if not fitting:
+        return ""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return next((f"the official wheel {_named(release, w)}" for w in fitting if w.sha256 == found), "")
+
+
+def claimed_origin(release: Release, claims: dict[str, Any]) -> tuple[str, str]:
+    """In words, what ``patches.json`` says that the package was made from; and what is wrong with that."""
+    claimed = claims.get("from_wheel")
+    if claimed is None:
+        return "", ""
+    if not isinstance(claimed, dict) or not {"file", "sha256"} <= claimed.keys():
+        return "", f"{PATCHES_JSON} does not say which wheel it was made from"
+    wheel = next((wheel for wheel in release.wheels if wheel.sha256 == claimed["sha256"]), None)
+    if wheel is None or wheel.file != claimed["file"]:
+        return "", f"{PATCHES_JSON} says that it was made from {claimed['file']}, which is no recorded wheel"
+    return f"made from {_named(release, wheel)}", ""
+
+
+def _named(release: Release, wheel: Wheel) -> str:
+    chosen = release.wheel_for(wheel.arch)
+    other = f" (pip takes build {chosen.build} of it)" if chosen is not None and chosen != wheel else ""
+    return f"{wheel.file}{other}"
