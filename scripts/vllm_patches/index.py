@@ -147,7 +147,7 @@ def _client(settings: PipSettings, index: str) -> PyPISimple:
             "the library that talks to the package index is missing",
             expected="pypi-simple",
             found=str(error),
-            next_command="make venv    # or give the sdist: make apply SDIST=FILE",
+            next_command="make venv    # or: pip install pypi-simple; or give the sdist: make apply SDIST=FILE",
         ) from error
     client = PyPISimple(index) if index else PyPISimple()
     host = urlsplit(client.endpoint).hostname or ""
