@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 from durability import Disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from installs import become_nobody, told_by_child
 from vllm_patches import outfile, wheelmeta
 from vllm_patches.catalog import Catalog
@@ -30,6 +32,7 @@ from vllm_patches.model import Artifact, Wheel
 from vllm_patches.tables import dump_releases
 from vllm_patches.verify import verify
 from vllm_patches.wheel import Built, build_wheel, release_of
+from wheel.wheelfile import WheelFile
 from wheelworld import (
     ENGINE,
     INFO,
@@ -118,6 +121,37 @@ def test_record_lists_every_file_with_its_hash(world: WheelWorld, tmp_path: Path
     assert [path for path, _, _ in rows] == list(made)
     expected = record_of({n: d for n, d in made.items() if n != NEW_INFO + "RECORD"}, NEW_INFO)
     assert made[NEW_INFO + "RECORD"] == expected
+
+
+PARTS = st.text(st.characters(blacklist_characters="/\\:\0\r\n", blacklist_categories=("Cs",)), min_size=1, max_size=8)
+NAMES = (PARTS | st.sampled_from(['a,b"c', '"', ",", "\u00fc \U0001f600", "\u202e"])).filter(
+    lambda name: name.strip(".")
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    extra=st.dictionaries(NAMES, st.binary(max_size=50) | st.just(b""), max_size=6),
+    streamed=st.booleans(),
+    zip64=st.booleans(),
+)
+def test_any_other_file_is_carried_over(
+    tmp_path_factory: pytest.TempPathFactory, extra: dict[str, bytes], streamed: bool, zip64: bool
+) -> None:
+    """Names with commas, quotes and letters of every script, empty files, data descriptors, zip64."""
+    tmp = tmp_path_factory.mktemp("any")
+    files = official_files() | {f"vllm/extra/{name}": data for name, data in extra.items()}
+    world = make_world(tmp / "world", zipped(files, streamed=streamed, zip64=zip64))
+    built = build(world, tmp / "dist", thorough=True)
+    made = contents(Path(built.wheel))
+    assert {name: data for name, data in made.items() if name.startswith("vllm/extra/")} == {
+        name: data for name, data in files.items() if name.startswith("vllm/extra/")
+    }
+    expected = record_of({name: data for name, data in made.items() if name != NEW_INFO + "RECORD"}, NEW_INFO)
+    assert made[NEW_INFO + "RECORD"] == expected
+    assert verify(world.catalog, Path(built.wheel)).ok
+    with WheelFile(built.wheel) as archive:  # compares every file with RECORD
+        assert {name: archive.read(name) for name in archive.namelist()} == made
 
 
 def test_every_place_of_the_version_carries_the_local_one(world: WheelWorld, tmp_path: Path) -> None:
