@@ -1,6 +1,7 @@
 """What a patched package says about itself: patches.json for machines, MODIFICATIONS and a notice for people.
 
-One form for both ways in which a package gets patched: a wheel that was built, and a package patched in place.
+One form for every way in which a package gets patched: a wheel made from the official one or built from source, and a
+package patched in place.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 
 from vllm_patches import __version__
 from vllm_patches.hunks import blob_id
-from vllm_patches.model import Disposition, Fix, Patch, Wheel
+from vllm_patches.model import Artifact, Disposition, Fix, Patch, Wheel
 from vllm_patches.patchset import Change, PatchSet
 
 SCHEMA = 1
@@ -35,16 +36,19 @@ class Addition:
 class Modifications:
     """All that distinguishes a patched package from the official one.
 
-    *version* is the package's own, after patching. *wheel* is the official wheel that a build started from; None where
-    an installed package was patched in place. *native* goes into patches.json as it is.
+    *version* is the package's own, after patching. *wheel* is the official wheel that a build started from, *sdist* the
+    source that it was built from whole; with neither, an installed package was patched in place. *native* and what is
+    in *extra* go into patches.json as they are.
     """
 
     patch_set: PatchSet
     version: str
     fixes: Mapping[str, Fix]
     wheel: Wheel | None = None
+    sdist: Artifact | None = None
     additions: tuple[Addition, ...] = ()
     native: Mapping[str, object] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 def fix_result(mods: Modifications, fix_id: str) -> str:
@@ -62,12 +66,12 @@ def fix_result(mods: Modifications, fix_id: str) -> str:
 def patches_json(mods: Modifications) -> bytes:
     """The bytes of patches.json; the same for the same series, package and tool.
 
-    Keys: ``schema``, ``tool``, ``release``, ``version``, ``series``, ``from_wheel`` (``file`` and ``sha256``, or null),
-    ``without``, ``fixes`` (by id: ``result``, ``patch``, ``patch_sha256``, ``left_out``), ``files`` (by path:
-    ``before`` and ``after``, each ``blob`` and ``sha256``; ``patches``), ``not_of_the_series`` (``path``, ``why`` and
-    both hashes), ``native`` (only with a compiled part).
+    Keys: ``schema``, ``tool``, ``release``, ``version``, ``series``, ``from_wheel`` and ``from_sdist`` (``file`` and
+    ``sha256``, or null), ``without``, ``fixes`` (by id: ``result``, ``patch``, ``patch_sha256``, ``left_out``),
+    ``files`` (by path: ``before`` and ``after``, each ``blob`` and ``sha256``; ``patches``), ``not_of_the_series``
+    (``path``, ``why`` and both hashes), and ``native`` only with a compiled part.
     """
-    patch_set, wheel = mods.patch_set, mods.wheel
+    patch_set, wheel, sdist = mods.patch_set, mods.wheel, mods.sdist
     account: dict[str, object] = {
         "schema": SCHEMA,
         "tool": f"vllm-patches {__version__}",
@@ -75,6 +79,7 @@ def patches_json(mods: Modifications) -> bytes:
         "version": mods.version,
         "series": patch_set.series.name,
         "from_wheel": {"file": wheel.file, "sha256": wheel.sha256} if wheel else None,
+        "from_sdist": {"file": sdist.name, "sha256": sdist.sha256} if sdist else None,
         "without": list(patch_set.without),
         "fixes": {fix_id: _fix_entry(mods, fix_id) for fix_id in mods.fixes},
         "files": {change.path: _file_entry(change) for change in _by_path(patch_set)},
@@ -84,6 +89,7 @@ def patches_json(mods: Modifications) -> bytes:
     }
     if mods.native:
         account["native"] = mods.native
+    account |= mods.extra
     return (json.dumps(account, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
@@ -119,8 +125,8 @@ def modifications_text(mods: Modifications) -> bytes:
     lines = [f"vllm {mods.version}: modifications", "", *_origin(mods)]
     lines += ["changed by vllm-patches, which is not affiliated with the vLLM project.", ""]
     lines.append(f"Files that the series {patch_set.series.name} changed:")
-    for change in _by_path(patch_set):
-        lines += ["", change.path, *(line for name in change.patches for line in _patch_lines(mods, name))]
+    for path, names in sorted(_changed(mods).items()):
+        lines += ["", path, *(line for name in names for line in _patch_lines(mods, name))]
     for fix_id, paths in patch_set.left_out.items():
         lines += ["", f"Left out on request ({fix_id}): {', '.join(paths)}"]
     if mods.additions:
@@ -130,16 +136,29 @@ def modifications_text(mods: Modifications) -> bytes:
     return ("\n".join(lines) + "\n").encode("utf-8")
 
 
+def _changed(mods: Modifications) -> dict[str, list[str]]:
+    """By path the patches that change it: the package's own files, and all sources where it was built from them."""
+    changed = {change.path: list(change.patches) for change in mods.patch_set.changes}
+    if mods.sdist:
+        for patch in mods.patch_set.compiled:
+            for file in patch.files:
+                changed.setdefault(file.path, []).append(patch.name)
+    return changed
+
+
 def _origin(mods: Modifications) -> list[str]:
-    if mods.wheel is None:
-        return [f"This is vLLM {mods.version}, in place, after it was installed,"]
-    return [f"This is the official wheel {mods.wheel.file}", f"(sha256 {mods.wheel.sha256}),"]
+    if mods.wheel:
+        return [f"This is the official wheel {mods.wheel.file}", f"(sha256 {mods.wheel.sha256}),"]
+    if mods.sdist:
+        return [f"This was built from {mods.sdist.name}", f"(sha256 {mods.sdist.sha256}),"]
+    return [f"This is vLLM {mods.version}, in place, after it was installed,"]
 
 
 def _others(mods: Modifications) -> str:
-    if mods.wheel is None:
-        return "as they were installed"
-    return f"those of vLLM {mods.patch_set.release.version}, byte for byte"
+    release = mods.patch_set.release.version
+    if mods.wheel:
+        return f"those of vLLM {release}, byte for byte"
+    return f"built from those of vLLM {release}" if mods.sdist else "as they were installed"
 
 
 def _patch_lines(mods: Modifications, name: str) -> list[str]:

@@ -91,7 +91,7 @@ def build_wheel(
             check_hash(path, HashedSource(official.file).finish(), wheel.size, release.wheel_file(wheel))
             overlay = build_overlay(official, wheel.arch, compiled, find_sdist or _no_sdist, native, say)
         additions = (_version_file(official, version), *overlay.additions)
-        mods = Modifications(patch_set, version, catalog.fixes, wheel, additions, overlay.info)
+        mods = Modifications(patch_set, version, catalog.fixes, wheel=wheel, additions=additions, native=overlay.info)
         source = HashedSource(official.file)
         sha256, copied = write_wheel(official, source, mods, made.file)
         check_hash(path, source.finish(), wheel.size, release.wheel_file(wheel))
