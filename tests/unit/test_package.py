@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 from installs import KERNEL, make_catalog, make_wheel, patched, put_in, sources
 from plainvenv import ROOT, make_environment, pip, project_copy, run, site_of
 from vllm_patches import api, catalog, cli
+from wheelworld import make_world
 
 
 def project_with_catalog(folder: Path) -> Path:
@@ -126,6 +129,37 @@ def test_the_api_has_the_verbs_and_imports_nothing_early() -> None:
     assert told.stdout.strip() == "['vllm_patches', 'vllm_patches.errors', 'vllm_patches.api']"
     for name in ("apply", "build", "check", "install", "uninstall", "verify"):
         assert callable(getattr(api, name)) and name in cli._parser().format_help()
+
+
+@pytest.mark.parametrize("name", ["build", "install", "uninstall", "verify"])
+def test_the_api_takes_the_options_of_the_command(name: str) -> None:
+    (verbs,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    options = {action.dest for action in verbs.choices[name]._actions} - {"help", "json"}
+    taken = set(inspect.signature(getattr(api, name)).parameters) - {"say"}
+    assert taken <= options
+    of_a_source_build = {"mode", "target_device", "no_build_isolation", "python", "work"}
+    assert options - taken <= of_a_source_build
+
+
+def test_the_api_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(tmp_path / "world", native=True)
+    monkeypatch.setenv("VLLM_PATCHES_DIR", str(world.folder / "patches"))
+    said: list[str] = []
+    built = api.build(
+        wheel=world.official,
+        out=tmp_path / "dist",
+        without=["0001-native"],
+        arch="x86_64",
+        thorough=True,
+        say=said.append,
+    )
+    assert Path(built.wheel).is_file() and built.version in said[0]
+    assert api.verify(Path(built.wheel), without=["0001-native"]).ok
+    with pytest.raises(api.PatchesError, match="nothing of that name"):
+        api.build(wheel=world.official, out=tmp_path / "dist", without=["0002-native"])
+    with pytest.raises(api.PatchesError):  # no toolkit is chosen here, and none would fit
+        api.build(wheel=world.official, out=tmp_path / "none", torch=tmp_path, cuda_archs="1.0", sdist=world.sdist)
+    assert not any((tmp_path / "none").iterdir())
 
 
 def test_the_api_does_what_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ import pytest
 from durability import Disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from installs import become_nobody, told_by_child
+from installs import become_nobody, killed_at, told_by_child
 from vllm_patches import outfile, wheelmeta
 from vllm_patches.catalog import Catalog
 from vllm_patches.cli import main
@@ -485,6 +485,27 @@ def test_killed_at_any_write_leaves_nothing(world: WheelWorld, tmp_path: Path) -
             assert n == 10_000
             assert [path.name for path in out.iterdir()] == [MADE]
     assert (tmp_path / "dist-10000" / MADE).read_bytes() == Path(build(world, tmp_path).wheel).read_bytes()
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_killed_before_any_change_on_disk_the_next_run_clears_up(
+    world: WheelWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nameless: bool
+) -> None:
+    """Also between the first name of the file and its own."""
+    if not nameless:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    assert world.catalog.series_of(world.release).patches
+    whole, step, left = Path(build(world, tmp_path / "whole").wheel).read_bytes(), 0, 0
+    out = tmp_path / "dist"
+    while killed_at(step := step + 1, lambda: build(world, out)):
+        there = [path.name for path in out.iterdir()] if out.is_dir() else []
+        assert not there or MADE in there or all(name.startswith(".") for name in there)
+        left += bool(there)
+        build(world, out)
+        assert [path.name for path in out.iterdir()] == [MADE]
+        assert (out / MADE).read_bytes() == whole
+        (out / MADE).unlink()
+    assert step > 3 and left
 
 
 @pytest.mark.parametrize("size", [0, 1, 3000, 7000])  # the wheel has about 7,100 bytes
