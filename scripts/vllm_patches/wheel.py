@@ -84,8 +84,7 @@ def build_wheel(
     say(f"vLLM {release.version}: building {version} from {path.name}")
     with Official.open(path, release) as official, unnamed(out) as made:
         wheel = _identified(official, path)
-        ways_out = f"make build PIN={release.version}    # without WHEEL=FILE: from the official wheel"
-        patch_set = plan(catalog, release, official.find, chosen, ways_out)
+        patch_set = plan(catalog, release, official.find, chosen, _ways_out(release))
         overlay = Overlay((), {}, ())
         if compiled := patch_set.compiled:
             check_hash(path, HashedSource(official.file).finish(), wheel.size, release.wheel_file(wheel))
@@ -98,12 +97,19 @@ def build_wheel(
         if thorough:
             check_copies(official, made.file, copied)
         target = made.publish(wheelmeta.wheel_name(wheel, version))
-        size = target.stat().st_size
-    rows = tuple(FixRow(i, fix.slug, fix_result(mods, i), _why(mods, i)) for i, fix in catalog.fixes.items())
-    paths = tuple(change.path for change in patch_set.changes)
-    return Built(
-        release.version, version, str(target), sha256, size, wheel.file, rows, paths, len(copied), overlay.notes
-    )
+    return _built(mods, target, sha256, len(copied), overlay.notes)
+
+
+def _built(mods: Modifications, target: Path, sha256: str, copied: int, notes: tuple[str, ...]) -> Built:
+    release, made_from = mods.patch_set.release, mods.wheel.file if mods.wheel else ""
+    rows = tuple(FixRow(i, fix.slug, fix_result(mods, i), _why(mods, i)) for i, fix in mods.fixes.items())
+    paths = tuple(change.path for change in mods.patch_set.changes)
+    size = target.stat().st_size
+    return Built(release.version, mods.version, str(target), sha256, size, made_from, rows, paths, copied, notes)
+
+
+def _ways_out(release: Release) -> str:
+    return f"make build PIN={release.version}    # without WHEEL=FILE: from the official wheel"
 
 
 def _no_sdist(release: Release) -> Path:
