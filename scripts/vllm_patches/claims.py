@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from vllm_patches import journal as journals
 from vllm_patches.artifact import Artifact
+from vllm_patches.hashing import sha256
 from vllm_patches.installation import base_version
 from vllm_patches.journal import Phase
 from vllm_patches.modifications import PATCHES_JSON, SCHEMA
@@ -131,4 +131,4 @@ def _record_problems(artifact: Artifact, paths: list[str]) -> Iterator[str]:
 
 
 def _sha256(data: bytes | None) -> str:
-    return "" if data is None else hashlib.sha256(data).hexdigest()
+    return "" if data is None else sha256(data)

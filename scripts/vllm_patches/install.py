@@ -6,7 +6,6 @@ then only renames: the files, ``patches.json``, RECORD, and last the journal's o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -17,6 +16,7 @@ from vllm_patches import journal as journals
 from vllm_patches.apply import series_hash
 from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import sha256
 from vllm_patches.installation import Installation, default_site, find_installation, owners, release_of
 from vllm_patches.journal import Entry, Journal, Phase
 from vllm_patches.model import Disposition, Release
@@ -188,7 +188,7 @@ def _install(catalog: Catalog, found: Installation, patch_set: PatchSet) -> None
 
 def _prepare(found: Installation, patch_set: PatchSet, created: dict[str, bytes]) -> tuple[Journal, bytes]:
     """The journal, and the RECORD as it will be: with every file that is then there."""
-    entries = tuple(Entry(c.path, _sha256(c.before), _sha256(c.after)) for c in patch_set.changes)
+    entries = tuple(Entry(c.path, sha256(c.before), sha256(c.after)) for c in patch_set.changes)
     compiled = tuple(compiled_files(found, [change.path for change in patch_set.changes]))
     before = found.record.read_bytes()
     series = series_hash(patch_set.series)
@@ -201,7 +201,7 @@ def _prepare(found: Installation, patch_set: PatchSet, created: dict[str, bytes]
     put |= {found.inside(journals.original(found, path)): data for path, data in kept.items()}
     rows = [*(row_of(path, data) for path, data in put.items()), Row(next(journals.ours(found, draft)))]
     record = edited(before, rows, compiled)
-    return replace(draft, record=_sha256(record)), record
+    return replace(draft, record=sha256(record)), record
 
 
 def _keep_originals(found: Installation, journal: Journal) -> None:
@@ -254,7 +254,3 @@ def _roll_back(found: Installation, journal: Journal, cause: BaseException) -> N
 
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

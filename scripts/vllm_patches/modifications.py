@@ -6,12 +6,12 @@ package patched in place.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm_patches import __version__
+from vllm_patches.hashing import sha256
 from vllm_patches.hunks import blob_id
 from vllm_patches.model import Artifact, Disposition, Fix, Patch, Wheel
 from vllm_patches.patchset import Change, PatchSet
@@ -95,7 +95,7 @@ def patches_json(mods: Modifications) -> bytes:
 
 def hashes(data: bytes) -> dict[str, str]:
     """A content by git's id and by sha256."""
-    return {"blob": blob_id(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"blob": blob_id(data), "sha256": sha256(data)}
 
 
 def _by_path(patch_set: PatchSet) -> list[Change]:
@@ -105,7 +105,7 @@ def _by_path(patch_set: PatchSet) -> list[Change]:
 def _fix_entry(mods: Modifications, fix_id: str) -> dict[str, object]:
     entry: dict[str, object] = {"result": fix_result(mods, fix_id)}
     if patch := _patch_of(mods, fix_id):
-        entry |= {"patch": patch.name, "patch_sha256": hashlib.sha256(patch.raw).hexdigest()}
+        entry |= {"patch": patch.name, "patch_sha256": sha256(patch.raw)}
     if paths := mods.patch_set.left_out.get(fix_id):
         entry["left_out"] = list(paths)
     return entry

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
+from vllm_patches.hashing import file_sha256
 from vllm_patches.model import Release, Wheel
 from vllm_patches.modifications import PATCHES_JSON
 
@@ -18,8 +18,7 @@ def wheel_origin(release: Release, path: Path) -> str:
     fitting = [wheel for wheel in release.wheels if wheel.size == path.stat().st_size]
     if not fitting:
         return ""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     return next((f"the official wheel {_named(release, w)}" for w in fitting if w.sha256 == found), "")
 
 

@@ -6,13 +6,13 @@ It needs no room on the disk: originals are moved, not copied.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from pathlib import Path
 
 from vllm_patches import journal as journals
 from vllm_patches import swap
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import sha256
 from vllm_patches.installation import Installation, owners
 from vllm_patches.journal import Entry, Journal
 from vllm_patches.record import copied
@@ -102,7 +102,7 @@ def _restore_record(found: Installation, journal: Journal) -> None:
     if not kept.exists():
         return  # nothing was changed yet, or it is back already
     live = found.record.read_bytes()
-    if hashlib.sha256(live).hexdigest() == journal.record:
+    if sha256(live) == journal.record:
         swap.rename(kept, found.record)
     elif live != kept.read_bytes():
         paths = [*(entry.path for entry in journal.files), *journal.compiled]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import stat
@@ -17,12 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import file_sha256
 
 
 def sha256(path: Path) -> str:
     """The hash of a file's content; empty where there is none."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_sha256(path)
     except FileNotFoundError:
         return ""
 
