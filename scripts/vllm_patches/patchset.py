@@ -42,7 +42,7 @@ class PatchSet:
     def compiled(self) -> tuple[Patch, ...]:
         """What of the patches is still to be compiled: their native parts less those that are left out."""
         kept = Series("", tuple(p for p in self.series.patches if p.number not in self.left_out))
-        return _parts(kept, packaged=False).patches
+        return series_part(kept, packaged=False).patches
 
 
 def is_packaged(path: str) -> bool:
@@ -52,10 +52,10 @@ def is_packaged(path: str) -> bool:
 
 def native_parts(series: Series) -> dict[str, tuple[str, ...]]:
     """The name of each native part (``0001-native``) and the sources it changes, which a package holds compiled."""
-    return {f"{p.number}-native": tuple(f.path for f in p.files) for p in _parts(series, packaged=False).patches}
+    return {f"{p.number}-native": tuple(f.path for f in p.files) for p in series_part(series, packaged=False).patches}
 
 
-def _parts(series: Series, *, packaged: bool) -> Series:
+def series_part(series: Series, *, packaged: bool) -> Series:
     """The patches with those of their files alone that stand in the package, or that do not."""
 
     def chosen(patch: Patch) -> tuple[FilePatch, ...]:
@@ -84,7 +84,7 @@ def plan(catalog: Catalog, release: Release, read: ReadBytes, without: tuple[str
     *ways_out* is what to type where one is not.
     """
     series = catalog.series_of(release)
-    python = _parts(series, packaged=True)
+    python = series_part(series, packaged=True)
     before = _pristine(release, python, read, ways_out)
     after = dict(before)
     for patch in python.patches:
