@@ -41,8 +41,9 @@ check: $(RUN_ENV) ## do the patches still apply? (PIN=, SDIST=, TREE=your checko
 	@$(RUN) check $(call option,pin,PIN) $(call option,sdist,SDIST) $(call option,tree,TREE) $(json)
 
 .PHONY: build
-build: $(RUN_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=FILE, WITHOUT=0001-native, CUDA_ARCHS=, TORCH=)
-	@$(RUN) build $(call option,pin,PIN) $(call option,arch,ARCH) $(call option,wheel,WHEEL) \
+build: $(RUN_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=FILE, WITHOUT=0001-native, CUDA_ARCHS=, TORCH=), or MODE=source
+	@$(RUN) build $(call option,pin,PIN) $(call option,mode,MODE) $(if $(strip $(NO_ISOLATION)),--no-build-isolation) \
+		$(call option,python,BUILD_PYTHON) $(call option,arch,ARCH) $(call option,wheel,WHEEL) \
 		$(call option,without,WITHOUT) $(call option,cuda-archs,CUDA_ARCHS) $(call option,torch,TORCH) \
 		$(call option,sdist,SDIST) $(if $(strip $(THOROUGH)),--thorough) --out '$(DIST)' $(json)
 
