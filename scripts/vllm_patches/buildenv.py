@@ -97,7 +97,9 @@ def environment(
 ) -> dict[str, str]:
     """The environment of the build: the user's own, less what would falsify it, plus what upstream reads."""
     kept = {name: value for name, value in environ.items() if name not in NOT_PASSED_ON}
-    kept.pop("SETUPTOOLS_SCM_PRETEND_VERSION_FOR_VLLM", None)
+    here = Path(__file__).parents[1].resolve()  # where make has Python look for this tool
+    paths = [path for path in kept.pop("PYTHONPATH", "").split(os.pathsep) if path and Path(path).resolve() != here]
+    kept |= {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
     epoch = datetime.combine(release.date, datetime.min.time(), UTC)
     return kept | {
         "VLLM_TARGET_DEVICE": device.value,

@@ -21,11 +21,12 @@ _LINE_SECONDS = 30.0  # where there is no terminal: a line that often at most
 # What a failure is told by, and what pip and Python say around each one.
 _TELLING = re.compile(r"error|fatal|failed|killed|not found|cannot |no such |no space|higher is required", re.I)
 _NOISE = re.compile(
-    r"subprocess-exited-with-error|did not run successfully|error originates from|Failed (building|to build)|"
-    r"CalledProcessError|^\s*raise |^\s*File \"|finished with status|Configuring incomplete|_errors?\.py|Wno-error|"
-    r"^\s*(adding|copying|creating) |Performing C|full command:"
+    r"subprocess-exited-with-error|metadata-generation-failed|Encountered error while|did not run successfully|"
+    r"error originates from|Failed (building|to build)|CalledProcessError|^\s*raise |^\s*File \"|"
+    r"finished with status|Configuring incomplete|_errors?\.py|Wno-error|^\s*(adding|copying|creating) |"
+    r"Performing C|full command:"
 )
-_CMAKE = re.compile(r"CMake Error")
+_CMAKE = re.compile(r"CMake (Error|Warning)")
 _MAX_LINES = 10
 
 
@@ -130,19 +131,26 @@ def last_words(text: str) -> list[str]:
     """The lines that say why a build failed, the last ten at most; where nothing tells, the last lines there are."""
     lines = [line.rstrip()[:300] for line in text.splitlines()]
     told: list[str] = []
-    for number, line in enumerate(lines):
-        if not _TELLING.search(line) or _NOISE.search(line):
-            continue
-        found = _cmake_message(lines[number:]) if _CMAKE.search(line) else [line.strip()]
-        told += [word for word in found if word not in told]
+    number = 0
+    while number < len(lines):
+        line, number = lines[number], number + 1
+        found = [line.strip()] if _TELLING.search(line) and not _NOISE.search(line) else []
+        if cmake := _CMAKE.search(line):
+            message = _cmake_message(lines[number:], len(line) - len(line.lstrip()))
+            number += len(message)
+            found = [line.strip(), *message] if cmake[1] == "Error" else []
+        told += [word for word in found if word and word not in told]
     return told[-_MAX_LINES:] or [line.strip() for line in lines if line.strip()][-_MAX_LINES:]
 
 
-def _cmake_message(lines: Sequence[str]) -> list[str]:
-    """The heading of a CMake error and its indented text."""
-    indent = len(lines[0]) - len(lines[0].lstrip())
-    text = [line.strip() for line in lines[1:6] if len(line) - len(line.lstrip()) > indent]
-    return [lines[0].strip(), *text]
+def _cmake_message(lines: Sequence[str], indent: int) -> list[str]:
+    """The text of a CMake message: what follows its heading and stands further in, blank lines between."""
+    text: list[str] = []
+    for line in lines[:8]:
+        if line.strip() and len(line) - len(line.lstrip()) <= indent:
+            break
+        text.append(line.strip())
+    return text
 
 
 # Sources that upstream's CMake files clone, and the environment variable with which they take a local copy instead.

@@ -167,7 +167,7 @@ def _make_tree(release: Release, series: Series, find_sdist: FindSdist, place: _
     if _read_record(place) == record:
         say(f"going on in {place.tree}: what was compiled there is kept")
         _check_untouched(release, series, place)
-        _forget_copies(place)
+        _forget_stale(place)
     else:
         if place.tree.exists():
             _check_untouched(release, None, place)
@@ -202,11 +202,15 @@ def _check_untouched(release: Release, series: Series | None, place: _Work) -> N
         check_files(place.tree, release, series)
 
 
-def _forget_copies(place: _Work) -> None:
-    """Remove what setuptools copies: it takes a half file of a killed run for new. Compiled objects lie elsewhere."""
-    for pattern in ("lib*", "bdist*"):
+def _forget_stale(place: _Work) -> None:
+    """Remove all of a failed run but what was compiled.
+
+    setuptools takes a half file of a killed run for new. CMake keeps the compilers that it found first, and would not
+    look at the CXX that shall mend the failure; its objects lie in folders named after the targets.
+    """
+    for pattern in ("lib*", "bdist*", "temp*/CMakeCache.txt", "temp*/CMakeFiles/[0-9]*"):
         for left in (place.tree / "build").glob(pattern):
-            shutil.rmtree(left)
+            cache.remove(left)
 
 
 def _notes(
