@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from vllm_patches import native
 from vllm_patches.catalog import open_catalog
-from vllm_patches.fatbin import CudaLibrary, read_library
+from vllm_patches.fatbin import CudaLibrary, _Walker
 from vllm_patches.hunks import blob_id
 from vllm_patches.index import fetch_sdist
 from vllm_patches.native import UNITS, Unit
@@ -98,7 +98,9 @@ def built(
 def test_it_compiles_without_a_warning_for_the_architecture(built: tuple[Path, int, list[str]]) -> None:
     library, arch, said = built
     assert len(said) == 1, said  # the line that says what is compiled; upstream's file has no warnings either
-    assert read_library([library.read_bytes()]).archs == (arch,)
+    walker = _Walker()
+    walker.feed(library.read_bytes())
+    assert (arch,) in walker.units  # beside those that NVIDIA's static runtime brings along
 
 
 def test_no_symbol_is_exported_and_no_cuda_runtime_is_shared(built: tuple[Path, int, list[str]]) -> None:
