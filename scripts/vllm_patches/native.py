@@ -220,7 +220,9 @@ def _run(work: Path, command: list[str]) -> str:
     """What the command says; raises `PatchesError` where it fails."""
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if re.search("error|cannot find", line, re.I)]
+        lines = [
+            line for line in (done.stdout + done.stderr).splitlines() if re.search("error|cannot find", line, re.I)
+        ]
         raise PatchesError(
             "the compiled part cannot be built",
             file=" ".join(command[:1]),

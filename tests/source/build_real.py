@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from vllm_patches.apply import apply_release
 from vllm_patches.buildlog import LOCAL_COPY
 from vllm_patches.catalog import open_catalog
 from vllm_patches.index import fetch_sdist
@@ -112,6 +113,27 @@ def test_a_gpu_build_reaches_upstreams_cmake(tmp_path: Path, device: str, kind: 
         assert word in command
     assert "compile=3" in command  # MAX_JOBS
     assert ("-DCMAKE_CUDA_COMPILER=" in command) == (device == "cuda")
+
+
+KERNEL = re.compile(r"__global__ void cp_gather_indexer_k_quant_cache_kernel\(.*?^}$", re.S | re.M)
+
+
+def test_upstreams_hipify_takes_the_patched_unit(tmp_path: Path) -> None:
+    """The first half of the way to ROCm, by the release's own script; there is no hipcc here for the second."""
+    release = CATALOG.release("0.19.1")
+    tree = Path(apply_release(CATALOG, release, fetch_sdist, tmp_path / "src", print).tree).resolve()
+    source, out = tree / "csrc" / "cache_kernels.cu", tmp_path / "build" / "csrc"
+    command = [sys.executable, tree / "cmake" / "hipify.py", "-p", tree / "csrc", "-o", out, source]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    written = Path(done.stdout.splitlines()[-1])  # in csrc or in out: that is torch's choice
+    made = written.read_text(encoding="utf-8")
+    assert written.name == "cache_kernels.hip"
+    assert "#include <c10/hip/HIPGuard.h>" in made
+    before, after = KERNEL.search(source.read_text(encoding="utf-8")), KERNEL.search(made)
+    assert before
+    assert after
+    assert after[0] == before[0]  # nothing in the patched kernel is CUDA's alone
+    assert "batch_idx[threadIdx.y] = -1;" in after[0]
 
 
 @pytest.mark.parametrize("pin", PINS)
