@@ -25,6 +25,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 OFFLINE := $(strip $(SRC)$(SDIST)$(TREE)$(WHEEL))
 RUN := PYTHONPATH=scripts $(if $(OFFLINE),$(PYTHON),$(BIN)/python) -m vllm_patches
 RUN_ENV := $(if $(OFFLINE),,$(VENV)/run.stamp)
+# MODE=source NO_ISOLATION=1 builds with the environment's packages, unless BUILD_PYTHON names another interpreter.
+OWN_PACKAGES := $(and $(filter source,$(MODE)),$(strip $(NO_ISOLATION)),$(if $(OFFLINE)$(strip $(BUILD_PYTHON)),,yes))
+SOURCE_ENV := $(if $(OWN_PACKAGES),$(VENV)/proof.stamp $(VENV)/source.stamp)
 
 option = $(if $(strip $($(2))),--$(1) '$(strip $($(2)))')
 json = $(if $(strip $(JSON)),--json)
@@ -42,7 +45,7 @@ check: $(RUN_ENV) ## do the patches still apply? (PIN=, SDIST=, TREE=your checko
 	@$(RUN) check $(call option,pin,PIN) $(call option,sdist,SDIST) $(call option,tree,TREE) $(json)
 
 .PHONY: build
-build: $(RUN_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=FILE, WITHOUT=0001-native, CUDA_ARCHS=, TORCH=), or MODE=source
+build: $(RUN_ENV) $(SOURCE_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=FILE, WITHOUT=0001-native, CUDA_ARCHS=, TORCH=), or MODE=source
 	@$(RUN) build $(call option,pin,PIN) $(call option,mode,MODE) $(if $(strip $(NO_ISOLATION)),--no-build-isolation) \
 		$(call option,python,BUILD_PYTHON) $(call option,arch,ARCH) $(call option,wheel,WHEEL) \
 		$(call option,without,WITHOUT) $(call option,cuda-archs,CUDA_ARCHS) $(call option,torch,TORCH) \
