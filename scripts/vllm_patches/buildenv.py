@@ -73,7 +73,7 @@ def jobs(device: Device, environ: Mapping[str, str], cores: int, memory: int) ->
     ``NVCC_THREADS`` needs no thought: upstream divides the jobs by it.
     """
     if environ.get("MAX_JOBS", "").strip():
-        return int(environ["MAX_JOBS"]) if environ["MAX_JOBS"].strip().isdigit() else 0
+        return int(environ["MAX_JOBS"]) if environ["MAX_JOBS"].strip().isdecimal() else 0
     return max(1, min(cores, memory // device.memory))
 
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,8 +95,14 @@ def test_a_failure_shows_why_keeps_the_log_and_the_next_run_goes_on(world: World
     half.parent.mkdir(parents=True, exist_ok=True)
     half.write_text("half of a ")  # as a killed setuptools leaves it: newer than its source
     (kept / "runs").write_text("y")  # what was compiled
+    stale = ("CMakeCache.txt", "CMakeFiles/3.26.1/CMakeCXXCompiler.cmake")
+    for name in (*stale, "CMakeFiles/_C.dir/a.o"):
+        (kept / "temp.x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / "temp.x" / name).write_text("x")
     ran = world.run(*build(world), env={"FAKE": "fail"})
     assert (kept / "runs").read_text() == "yx"
+    assert (kept / "temp.x" / "CMakeFiles" / "_C.dir" / "a.o").is_file()
+    assert not [name for name in stale if (kept / "temp.x" / name).exists()]  # else a new CXX would not be looked at
     assert world.run(*build(world)).says("going on in")
     assert dist(world) == [EMPTY]
 
@@ -185,21 +192,38 @@ def gone_now(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
+def bare_python(world: World) -> Path:
+    """An interpreter with the standard library alone, whatever this environment holds."""
+    path = world.root / "bare-python"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
 def test_what_the_interpreter_lacks_is_named(world: World) -> None:
     (world.root / "modules" / "setuptools_scm.py").unlink()
     (world.root / "tools" / "cmake").unlink()
-    ran = world.run(*build(world, "cpu"), env={"PATH": f"{world.root / 'tools'}:{git_only(world)}"})
-    if "setuptools_scm" not in ran.err:
-        pytest.fail(f"this interpreter has setuptools_scm of its own?\n{ran.err}")
-    ran.says("lacks what upstream's build needs", "no setuptools_scm, cmake", "-m pip install setuptools-scm cmake")
+    arguments = build(world, "cpu", "--python", str(bare_python(world)))
+    ran = world.run(*arguments, env={"PATH": f"{world.root / 'tools'}:{git_only(world)}"})
+    assert ran.status == 1
+    ran.says(
+        "lacks what upstream's build needs", "no pip, packaging, setuptools, setuptools_scm, cmake", "-m ensurepip"
+    )
+    for name in ("pip", "packaging", "setuptools"):
+        (world.root / "modules" / f"{name}.py").write_text("")
+    ran = world.run(*arguments, env={"PATH": f"{world.root / 'tools'}:{git_only(world)}"})
+    ran.says("no setuptools_scm, cmake", "-m pip install setuptools-scm cmake && make build MODE=source")
 
 
 def git_only(world: World) -> Path:
-    """A folder for PATH in which only git is found."""
+    """A folder for PATH in which only git and a shell are found."""
     folder = world.root / "git-only"
-    folder.mkdir()
-    git = next(Path(p) / "git" for p in os.environ["PATH"].split(os.pathsep) if (Path(p) / "git").exists())
-    (folder / "git").symlink_to(git)
+    folder.mkdir(exist_ok=True)
+    for name in ("git", "sh"):
+        found = shutil.which(name)
+        assert found
+        if not (folder / name).exists():
+            (folder / name).symlink_to(found)
     return folder
 
 
