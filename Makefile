@@ -47,7 +47,7 @@ check: $(RUN_ENV) ## do the patches still apply? (PIN=, SDIST=, TREE=your checko
 .PHONY: build
 build: $(RUN_ENV) $(SOURCE_ENV) ## a patched wheel from the official one (PIN=, ARCH=, WHEEL=FILE, WITHOUT=0001-native, CUDA_ARCHS=, TORCH=), or MODE=source
 	@$(RUN) build $(call option,pin,PIN) $(call option,mode,MODE) $(if $(strip $(NO_ISOLATION)),--no-build-isolation) \
-		$(call option,python,BUILD_PYTHON) $(call option,arch,ARCH) $(call option,wheel,WHEEL) \
+		$(call option,python,BUILD_PYTHON) $(call option,work,WORK) $(call option,arch,ARCH) $(call option,wheel,WHEEL) \
 		$(call option,without,WITHOUT) $(call option,cuda-archs,CUDA_ARCHS) $(call option,torch,TORCH) \
 		$(call option,sdist,SDIST) $(if $(strip $(THOROUGH)),--thorough) --out '$(DIST)' $(json)
 
@@ -114,6 +114,11 @@ lint: $(VENV)/test.stamp ## ruff, mypy, workflow and action schemas
 .PHONY: bench
 bench: $(VENV)/test.stamp ## apply, check and build against the plain tools, ratios in one run
 	@PYTHONPATH=scripts $(BIN)/python ci/bench.py
+
+.PHONY: bench-native
+bench-native: $(VENV)/test.stamp $(VENV)/native.stamp ## the compiled part against a sample of upstream's compile jobs
+	@NATIVE_CUDA=$(VENV)/cuda/nvidia/cu13 NATIVE_TORCH=$(VENV)/torch-headers/torch PYTHONPATH=scripts \
+		$(BIN)/python ci/bench_native.py
 
 .PHONY: ci
 ci: ## what CI runs
