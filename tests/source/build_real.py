@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from vllm_patches.apply import apply_release
+from vllm_patches.buildenv import NOT_PASSED_ON
 from vllm_patches.buildlog import LOCAL_COPY
 from vllm_patches.catalog import open_catalog
 from vllm_patches.index import fetch_sdist
@@ -152,3 +153,13 @@ def test_every_source_that_upstream_clones_has_its_variable(pin: str) -> None:
             assert LOCAL_COPY[name] in text, f"{path} does not read {LOCAL_COPY[name]}"
             found += 1
     assert found >= 6
+
+
+@pytest.mark.parametrize("pin", PINS)
+def test_every_variable_that_could_replace_version_or_code_is_known(pin: str) -> None:
+    release = CATALOG.release(pin)
+    wanted = ("setup.py", "vllm/envs.py")
+    files = {entry.path: entry.data.decode("utf-8") for entry in entries(open_sdist(fetch_sdist(release), release), release)
+             if entry.path in wanted}  # fmt: skip
+    read = set(re.findall(r"VLLM_[A-Z_]*(?:PRECOMPILED|VERSION_OVERRIDE|DOCKER_BUILD)[A-Z_]*", "".join(files.values())))
+    assert read == set(NOT_PASSED_ON)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,22 @@ def test_a_killed_compiler_asks_for_fewer_jobs(text: str) -> None:
     assert found.command == "MAX_JOBS=4"
     assert advice(text, 1) is None
     assert advice("error: expected ';'", 8) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "good", "bad"),
+    [
+        (Device.CUDA, ("", ".cu128"), (".cpu", ".empty", ".cu128.precompiled")),
+        (Device.ROCM, (".rocm700", ".rocm70"), ("", ".cu128")),
+        (Device.CPU, (".cpu",), ("", ".empty")),
+        (Device.EMPTY, (".empty",), ("", "xempty")),
+    ],
+)
+def test_upstreams_suffix_for_the_device_and_no_other(
+    device: Device, good: tuple[str, ...], bad: tuple[str, ...]
+) -> None:
+    assert all(re.fullmatch(device.suffix, word) for word in good)
+    assert not any(re.fullmatch(device.suffix, word) for word in bad)
 
 
 class Terminal(io.StringIO):
