@@ -137,14 +137,18 @@ def test_upstreams_hipify_takes_the_patched_unit(tmp_path: Path) -> None:
     assert "batch_idx[threadIdx.y] = -1;" in after[0]
 
 
+def upstream_files(pin: str, paths: str) -> dict[str, str]:
+    """The release's files whose whole path matches *paths*, by path."""
+    release = CATALOG.release(pin)
+    tar = open_sdist(fetch_sdist(release), release)
+    return {
+        entry.path: entry.data.decode("utf-8") for entry in entries(tar, release) if re.fullmatch(paths, entry.path)
+    }
+
+
 @pytest.mark.parametrize("pin", PINS)
 def test_every_source_that_upstream_clones_has_its_variable(pin: str) -> None:
-    release = CATALOG.release(pin)
-    files = {
-        entry.path: entry.data.decode("utf-8")
-        for entry in entries(open_sdist(fetch_sdist(release), release), release)
-        if entry.path == "CMakeLists.txt" or entry.path.startswith("cmake/")
-    }
+    files = upstream_files(pin, r"CMakeLists\.txt|cmake/.*")
     found = 0
     for path, text in files.items():
         for url in re.findall(r"GIT_REPOSITORY\s+\S*?github\.com/(\S+)", text):
@@ -157,9 +161,6 @@ def test_every_source_that_upstream_clones_has_its_variable(pin: str) -> None:
 
 @pytest.mark.parametrize("pin", PINS)
 def test_every_variable_that_could_replace_version_or_code_is_known(pin: str) -> None:
-    release = CATALOG.release(pin)
-    wanted = ("setup.py", "vllm/envs.py")
-    files = {entry.path: entry.data.decode("utf-8") for entry in entries(open_sdist(fetch_sdist(release), release), release)
-             if entry.path in wanted}  # fmt: skip
+    files = upstream_files(pin, r"setup\.py|vllm/envs\.py")
     read = set(re.findall(r"VLLM_[A-Z_]*(?:PRECOMPILED|VERSION_OVERRIDE|DOCKER_BUILD)[A-Z_]*", "".join(files.values())))
     assert read == set(NOT_PASSED_ON)
