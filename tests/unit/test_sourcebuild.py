@@ -145,7 +145,7 @@ def started(world: World, name: str = "started") -> tuple[subprocess.Popen[str],
     """A build that sleeps in its compiler, and the compiler's process id."""
     mark = world.root / name
     process = world.start(*build(world), env={"FAKE": "sleep", "FAKE_STARTED": str(mark)})
-    for _ in range(300):
+    for _ in range(1200):
         if mark.is_file() and mark.read_text():
             return process, int(mark.read_text())
         time.sleep(0.1)
@@ -182,7 +182,7 @@ def test_after_a_kill_the_next_run_waits_for_its_compilers_and_goes_on(world: Wo
     time.sleep(2)
     assert waiting.poll() is None
     os.kill(compiler, signal.SIGKILL)
-    out, err = waiting.communicate(timeout=60)
+    out, err = waiting.communicate(timeout=120)
     assert waiting.returncode == 0, out + err
     assert "waiting for another build" in err
     assert dist(world) == [EMPTY]
