@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from vllm_patches.install import Installed
     from vllm_patches.model import Artifact, Release
     from vllm_patches.outcome import Applied, Say
+    from vllm_patches.sourcebuild import SourceBuilt
     from vllm_patches.store import FindSdist
     from vllm_patches.treecheck import TreeReport
     from vllm_patches.verify import Verified
     from vllm_patches.wheel import Built
 
-__all__ = ["PatchesError", "apply", "build", "check", "check_tree", "install", "uninstall", "verify"]
+__all__ = ["PatchesError", "apply", "build", "build_source", "check", "check_tree", "install", "uninstall", "verify"]
 
 
 def _quiet(line: str) -> None:
@@ -82,6 +83,30 @@ def build(
         given=wheel, arch=arch, without=without, thorough=thorough,
         find_sdist=_finder(sdist), native=NativeOptions(cuda_archs, torch),
     )  # fmt: skip
+
+
+def build_source(
+    pin: str = "",
+    *,
+    device: str = "",
+    python: Path | None = None,
+    isolated: bool = True,
+    work: Path = Path("build/source"),
+    out: Path = Path("dist"),
+    sdist: Path | None = None,
+    say: Say = _quiet,
+) -> SourceBuilt:
+    """``build --mode source``: upstream's own full build of the patched release *pin*, a wheel in *out*."""
+    import sys
+
+    from vllm_patches.buildenv import device_named
+    from vllm_patches.catalog import DEFAULT_PIN, open_catalog
+    from vllm_patches.sourcebuild import SourceOptions
+    from vllm_patches.sourcebuild import build_source as run
+
+    catalog = open_catalog()
+    options = SourceOptions(device_named(device), python or Path(sys.executable), isolated)
+    return run(catalog, catalog.release(pin or DEFAULT_PIN), _finder(sdist), work, out, say, options)
 
 
 def check(pins: Iterable[str] = (), *, sdist: Path | None = None) -> CheckReport:

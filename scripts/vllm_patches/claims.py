@@ -102,10 +102,13 @@ def _addition_problems(artifact: Artifact, claims: Claims) -> Iterator[str]:
 
 
 def native_blobs(claims: Claims | None) -> dict[str, str]:
-    """The sources that a rebuilt extension of the package was made from, and their blobs; none without extension."""
+    """The sources that compiled code of the package was made from, and their blobs; none without such code.
+
+    A package that was built without any compiled code has no stale one either.
+    """
     if not claims or not isinstance(claims.get("native"), dict):
         return {}
-    if not any(path.endswith(".so") for path in _additions(claims)):
+    if claims.get("target_device") != "empty" and not any(path.endswith(".so") for path in _additions(claims)):
         return {}
     return {path: entry["after"]["blob"] for path, entry in claims["native"].get("source", {}).items()}
 
