@@ -24,15 +24,19 @@ def wheel_origin(release: Release, path: Path) -> str:
 
 def claimed_origin(release: Release, claims: dict[str, Any]) -> tuple[str, str]:
     """In words, what ``patches.json`` says that the package was made from; and what is wrong with that."""
-    claimed = claims.get("from_wheel")
+    built = claims.get("from_sdist") is not None
+    claimed = claims.get("from_sdist" if built else "from_wheel")
     if claimed is None:
         return "", ""
     if not isinstance(claimed, dict) or not {"file", "sha256"} <= claimed.keys():
-        return "", f"{PATCHES_JSON} does not say which wheel it was made from"
-    wheel = next((wheel for wheel in release.wheels if wheel.sha256 == claimed["sha256"]), None)
-    if wheel is None or wheel.file != claimed["file"]:
-        return "", f"{PATCHES_JSON} says that it was made from {claimed['file']}, which is no recorded wheel"
-    return f"made from {_named(release, wheel)}", ""
+        return "", f"{PATCHES_JSON} does not say which file it was made from"
+    pair = claimed["file"], claimed["sha256"]
+    if built and pair == (release.sdist, release.sha256):
+        return f"built from {release.sdist}", ""
+    wheels = [wheel for wheel in release.wheels if not built and pair == (wheel.file, wheel.sha256)]
+    if not wheels:
+        return "", f"{PATCHES_JSON} says that it was made from {pair[0]}, which is no recorded file"
+    return f"made from {_named(release, wheels[0])}", ""
 
 
 def _named(release: Release, wheel: Wheel) -> str:

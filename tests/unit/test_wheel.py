@@ -416,8 +416,9 @@ def test_a_claim_to_come_from_an_unknown_wheel_is_a_problem(world: WheelWorld, t
     made = contents(Path(build(world, tmp_path).wheel))
     name = NEW_INFO + "patches.json"
     for change, words in (
-        ({"from_wheel": {"file": NAME, "sha256": "0" * 64}}, f"made from {NAME}, which is no recorded wheel"),
-        ({"from_wheel": {}}, "does not say which wheel"),
+        ({"from_wheel": {"file": NAME, "sha256": "0" * 64}}, f"made from {NAME}, which is no recorded file"),
+        ({"from_wheel": {}}, "does not say which file"),
+        ({"from_sdist": {"file": "vllm-0.20.2.tar.gz", "sha256": "0" * 64}}, "which is no recorded file"),
         ({"from_wheel": None}, ""),  # patched in place
     ):
         text = json.dumps(json.loads(made[name]) | change)
@@ -425,7 +426,7 @@ def test_a_claim_to_come_from_an_unknown_wheel_is_a_problem(world: WheelWorld, t
             for path, data in {**made, name: text}.items():
                 archive.writestr(path, data)
         report = verify(world.catalog, tmp_path / "x.whl")
-        assert report.origin == "" and report.ok is not bool(words)
+        assert report.origin == "" and report.ok is not bool(words), report
         assert [words in problem for problem in report.problems] == [True] * bool(words)
 
 
