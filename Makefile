@@ -112,8 +112,8 @@ lint: $(VENV)/test.stamp ## ruff, mypy, workflow and action schemas
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
 
 .PHONY: bench
-bench: $(VENV)/test.stamp ## apply, check and build against the plain tools, ratios in one run
-	@PYTHONPATH=scripts $(BIN)/python ci/bench.py
+bench: $(VENV)/test.stamp ## apply, check and build against the plain tools, ratios in one run (PART=apply, check or wheel; ROUNDS=)
+	@PYTHONPATH=scripts $(BIN)/python ci/bench.py $(PART)
 
 .PHONY: bench-native
 bench-native: $(VENV)/test.stamp $(VENV)/native.stamp ## the compiled part against a sample of upstream's compile jobs

@@ -15,7 +15,7 @@ from vllm_patches.errors import PatchesError
 if TYPE_CHECKING:
     from vllm_patches.check import CheckReport
     from vllm_patches.install import Installed
-    from vllm_patches.model import Release
+    from vllm_patches.model import Artifact, Release
     from vllm_patches.outcome import Applied, Say
     from vllm_patches.sourcebuild import SourceBuilt
     from vllm_patches.store import FindSdist
@@ -53,20 +53,36 @@ def build(
     pin: str = "",
     *,
     wheel: Path | None = None,
+    arch: str = "",
     out: Path = Path("dist"),
     without: Iterable[str] = (),
+    cuda_archs: str = "",
+    torch: Path | None = None,
     sdist: Path | None = None,
+    thorough: bool = False,
     say: Say = _quiet,
 ) -> Built:
-    """A patched wheel of the release *pin* in *out*, from the official *wheel* or the one that pip would take."""
+    """A patched wheel of the release *pin* in *out*, from the official *wheel* or the one that pip would take.
+
+    *arch* is a machine as `uname -m` names it. For a compiled part that is not among *without*: *cuda_archs* such as
+    "8.0 9.0" (default: the official list), *torch* the package with the headers, *sdist* the sources. *thorough*
+    compares every copied file with RECORD.
+    """
     from vllm_patches.catalog import open_catalog
-    from vllm_patches.index import fetch_wheel
+    from vllm_patches.native import NativeOptions
     from vllm_patches.wheel import build_wheel, release_of
 
+    def find(wanted: Artifact) -> Path:
+        from vllm_patches.index import fetch_wheel
+
+        return fetch_wheel(wanted)
+
     catalog = open_catalog()
-    release = release_of(catalog, pin or None, wheel)
-    finder = _finder(sdist)
-    return build_wheel(catalog, release, fetch_wheel, out, say, given=wheel, without=tuple(without), find_sdist=finder)
+    return build_wheel(
+        catalog, release_of(catalog, pin or None, wheel), find, out, say,
+        given=wheel, arch=arch, without=without, thorough=thorough,
+        find_sdist=_finder(sdist), native=NativeOptions(cuda_archs, torch),
+    )  # fmt: skip
 
 
 def build_source(
@@ -127,7 +143,10 @@ def uninstall(site: Path | None = None, *, say: Say = _quiet) -> Installed:
 
 
 def verify(path: Path | None = None, *, without: Iterable[str] = ()) -> Verified:
-    """Which of the five fixes an installed package, wheel, sdist or source tree has; look at its ``ok``."""
+    """Which of the five fixes an installed package, wheel, sdist or source tree has; look at its ``ok``.
+
+    *path* defaults to the current environment, *without* names parts whose absence is accepted.
+    """
     from vllm_patches.catalog import open_catalog
     from vllm_patches.verify import verify as look
 

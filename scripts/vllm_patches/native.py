@@ -32,7 +32,7 @@ from vllm_patches.toolchain import DRIVER_FLOOR, Nvcc, Torch, check_major, choos
 from vllm_patches.wheelfile import content
 
 if TYPE_CHECKING:
-    from vllm_patches.wheel import Official
+    from vllm_patches.official import Official
 
 PACKAGE = "vllm/_patches_native/"
 HOOK_FILE = "vllm/_custom_ops.py"

@@ -123,6 +123,7 @@ def installed_text(result: Installed) -> str:
 def verified_text(report: Verified) -> str:
     """A line per fix, every broken claim, and the verdict."""
     lines = [f"{report.where}: {report.kind}, vLLM {report.version or report.release or 'of unknown version'}"]
+    lines += [report.origin] if report.origin else []
     rows = [("fix", "name", "status", "told by", "")]
     rows += [(fix.fix, fix.name, fix.status.value, fix.by, fix.detail) for fix in report.fixes]
     lines.append(table(rows))

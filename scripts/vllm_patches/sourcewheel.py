@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,13 +14,22 @@ from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
 from vllm_patches.hunks import blob_id
 from vllm_patches.model import Release
-from vllm_patches.modifications import PATCHES_JSON, UPSTREAM, hashes
+from vllm_patches.modifications import (
+    MODIFICATIONS,
+    NOTICE,
+    PATCHES_JSON,
+    Modifications,
+    hashes,
+    modifications_text,
+    notice_text,
+    patches_json,
+)
 from vllm_patches.outfile import OutFile
-from vllm_patches.patchset import Change, PatchSet, is_packaged, manifest
+from vllm_patches.patchset import Change, PatchSet, is_packaged, native_parts
 from vllm_patches.record import Row, dump_record, parse_record, row_of
 from vllm_patches.wheelfile import HashedSource, Member, ZipWriter, digest, read_data, read_members
 
-LICENCES = ("MODIFICATIONS", "NOTICE-vllm-patches")
+LICENCES = (MODIFICATIONS, NOTICE)
 # What upstream's build writes anew where the sdist has a file too.
 REWRITTEN = (wheelmeta.VERSION_FILE, "vllm.egg-info/", "vllm/vllm_flash_attn/", "vllm/third_party/")
 
@@ -109,22 +117,23 @@ def _account(source: Source, file: int, members: Mapping[str, Member], version: 
     changes = tuple(
         Change(path, before[path], after[path], _touching(source, path)) for path in paths if is_packaged(path)
     )
-    native = [path for path in paths if not is_packaged(path)]
-    record = manifest(source.catalog, PatchSet(source.release, series, changes, (), ()), version)
-    record["from_sdist"] = {"file": source.release.sdist, "sha256": source.release.sha256, "head": source.head}
-    record["target_device"] = source.device.value
-    record["torch"] = source.torch
-    if native:
-        compiled = [] if source.device is Device.EMPTY else [n for n in members if n.endswith(".so")]
-        record["native"] = {
-            "source": {path: {"before": hashes(before[path]), "after": hashes(after[path])} for path in native},
-            "files": {n: {"sha256": digest(file, members[n], "sha256", n).hex()} for n in compiled},
-        }
+    native = {
+        path: {"before": hashes(before[path]), "after": hashes(after[path])}
+        for paths in native_parts(series).values()
+        for path in paths
+    }
+    compiled = [] if source.device is Device.EMPTY else [name for name in members if name.endswith(".so")]
+    built = {name: {"sha256": digest(file, members[name], "sha256", name).hex()} for name in compiled if native}
+    mods = Modifications(
+        PatchSet(source.release, series, changes, (), {}), version, source.catalog.fixes,
+        sdist=source.release.sdist_file, native={"source": native, "files": built} if native else {},
+        extra={"head": source.head, "target_device": source.device.value, "torch": source.torch},
+    )  # fmt: skip
     info = wheelmeta.dist_info(version)
     return {
-        info + "licenses/" + LICENCES[0]: _modifications(source, paths, version),
-        info + "licenses/" + LICENCES[1]: _notice(source, version),
-        info + PATCHES_JSON: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode("utf-8"),
+        info + "licenses/" + LICENCES[0]: modifications_text(mods),
+        info + "licenses/" + LICENCES[1]: notice_text(mods),
+        info + PATCHES_JSON: patches_json(mods),
     }
 
 
@@ -137,35 +146,6 @@ def _contents(source: Source, commit: str, paths: list[str]) -> dict[str, bytes]
 def _touching(source: Source, path: str) -> tuple[str, ...]:
     series = source.catalog.series_of(source.release)
     return tuple(patch.name for patch in series.patches if any(file.path == path for file in patch.files))
-
-
-def _modifications(source: Source, paths: list[str], version: str) -> bytes:
-    """MODIFICATIONS: every changed source file, by which patch, after which change of upstream (Apache-2.0, 4b)."""
-    series = source.catalog.series_of(source.release)
-    lines = [
-        f"vllm {version}: modifications",
-        "",
-        f"Built from {source.release.sdist} (sha256 {source.release.sha256}),",
-        f"changed by vllm-patches. The series {series.name} changed these source files:",
-    ]
-    for path in sorted(paths):
-        lines += ["", path]
-        for patch in (patch for patch in series.patches if patch.name in _touching(source, path)):
-            lines.append(f"  {patch.name}: {patch.subject}")
-            lines += [f"    upstream: {UPSTREAM}/pull/{n}" for n in source.catalog.fixes[patch.number].upstream_pr]
-    return ("\n".join([*lines, "", "All other source files are those of the release."]) + "\n").encode("utf-8")
-
-
-def _notice(source: Source, version: str) -> bytes:
-    text = f"""\
-vllm {version}
-
-This is a modified vLLM, built with vllm-patches from the sources of the release {source.release.version} (Copyright
-contributors to the vLLM project, Apache License 2.0). vllm-patches is not affiliated with the vLLM project.
-MODIFICATIONS, beside this file, lists every changed source file. Report a defect to the vLLM project only where its own
-release shows it as well.
-"""
-    return text.encode("utf-8")
 
 
 def _write(

@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,8 @@ from vllm_patches.fatbin import CudaLibrary, _Walker
 from vllm_patches.hunks import blob_id
 from vllm_patches.index import fetch_sdist
 from vllm_patches.native import UNITS, Unit
+from vllm_patches.patchset import series_part
 from vllm_patches.toolchain import Nvcc, Torch, choose_archs, find_nvcc, find_torch
-from vllm_patches.wheel import native_paths
 
 HERE = Path(__file__).parent
 CASES = os.environ["NATIVE_CASES"].split()
@@ -75,13 +75,9 @@ class Sources:
 def sources(pin: str) -> Sources:
     catalog = open_catalog()
     release = catalog.release(pin)
-    parts = [
-        replace(p, files=tuple(f for f in p.files if f.path in native_paths(p)))
-        for p in catalog.series_of(release).patches
-        if native_paths(p)
-    ]
+    parts = series_part(catalog.series_of(release), packaged=False).patches
     unit = UNITS["csrc/cache_kernels.cu"]
-    return Sources(unit, *native._patched_sources(release, tuple(parts), unit, fetch_sdist))
+    return Sources(unit, *native._patched_sources(release, parts, unit, fetch_sdist))
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def test_the_wheel_holds_the_patched_tree_and_says_so(world: World) -> None:
     assert made["sha256"] == hashlib.sha256((world.root / "dist" / EMPTY).read_bytes()).hexdigest()
     assert Path(made["log"]).read_text(encoding="utf-8").count("Building CUDA object") == 1
     assert [path.name for path in (world.root / "work").iterdir() if path.is_dir()] == []
-    assert verify(world.catalog, world.root / "dist" / EMPTY).ok
+    report = verify(world.catalog, world.root / "dist" / EMPTY)
+    assert report.ok and report.origin == f"built from {world.catalog.release(report.release).sdist}"
 
 
 def test_record_lists_every_file_with_its_hash(world: World) -> None:
