@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import mutant_child
 import mutants
 import preload
-import proof
 import pytest
 from child import run_forked
 from mutants import Result, judge, judge_all
 from mutations import EXCUSES, Mutant, _made, mutants_of
 from proof import Side, case_module, proof_trees, read_side
+from vllm_patches import cache
 from vllm_patches.catalog import open_catalog
 from vllm_patches.model import FilePatch, Hunk
 
@@ -178,7 +180,22 @@ def test_a_link_is_not_written_through(tmp_path: Path) -> None:
 # --- end to end -------------------------------------------------------------------------------------------
 
 
-def test_a_handful_end_to_end() -> None:
+@pytest.fixture
+def scratches(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that the runs of this test work in; others may run beside it."""
+    plain, made = cache.scratch, []
+
+    @contextmanager
+    def scratch(folder: Path, prefix: str) -> Iterator[Path]:
+        with plain(folder, prefix) as path:
+            made.append(path)
+            yield path
+
+    monkeypatch.setattr(cache, "scratch", scratch)
+    return made
+
+
+def test_a_handful_end_to_end(scratches: list[Path]) -> None:
     """Killed, survived, broken and equivalent mutants of a real patch, each told for what it is."""
     catalog = open_catalog()
     fix, series = catalog.fixes["0003"], catalog.series_of(catalog.release(RELEASE))
@@ -211,7 +228,7 @@ def test_a_handful_end_to_end() -> None:
         "no Python": Result.BROKEN,
     }
     assert (tree / listed.file).read_text(encoding="utf-8") == patched
-    assert not list(proof.BUILD.glob(".mutant-*"))
+    assert len(scratches) == 1 and not scratches[0].exists()
 
 
 FAILING_CASE = """
@@ -256,8 +273,10 @@ def test_the_check_that_killed_comes_first(bench: mutant_child.Bench) -> None:
     assert mutant_child.killers_first(["endless", "sound", "unsound"], run) == ["unsound", "endless", "sound"]
 
 
-def test_a_release_whose_mutants_cannot_be_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_whose_mutants_cannot_be_run_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, scratches: list[Path]
+) -> None:
     monkeypatch.setattr(mutants, "HERE", Path("/nonexistent"))  # where the child program would be
     with pytest.raises(SystemExit, match=f"{RELEASE}: 0 of 1 mutants were run"):
         list(judge_all(RELEASE, [replace(MUTANT, file="vllm/version.py")], {"0003": "mla_flat_buffer"}))
-    assert not list(proof.BUILD.glob(".mutant-*"))
+    assert len(scratches) == 1 and not scratches[0].exists()
