@@ -102,8 +102,8 @@ prove: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## stock fails, patch
 	@$(BIN)/python tests/repro/proof.py $(call option,pin,PIN) $(call option,fix,FIX) $(json)
 
 .PHONY: mutants
-mutants: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## wrong half-fixes, each of which a proof must catch (PIN=, FIX=, JSON=1)
-	@$(BIN)/python tests/repro/mutants.py $(call option,pin,PIN) $(call option,fix,FIX) $(json)
+mutants: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## wrong half-fixes, each of which a proof must catch (PIN=, FIX=, JSON=1, RECORD=FILE)
+	@$(BIN)/python tests/repro/mutants.py $(call option,pin,PIN) $(call option,fix,FIX) $(call option,record,RECORD) $(json)
 
 .PHONY: lint
 lint: $(VENV)/test.stamp ## ruff, mypy, workflow and action schemas
