@@ -26,6 +26,7 @@ _TOKEN = re.compile(
     r"|(?P<space>\s+)",
     re.S,
 )
+_KINDS = ("comment", "quoted", "bracket", "paren", "word", "space")
 _KEYS = ("GIT_REPOSITORY", "GIT_TAG", "SOURCE_DIR", "SOURCE_SUBDIR", "GIT_SUBMODULES")
 _FETCHES = ("fetchcontent_declare", "fetchcontent_populate")
 
@@ -96,32 +97,32 @@ def parse(path: str, text: str, release: str = "") -> Iterator[Command]:
 
 
 def _commands(path: str, text: str, release: str) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    name, depth, line = "", 0, 1
+    """Name, arguments and line of each command; parentheses inside the arguments are arguments."""
+    name, started, depth = "", 1, 0
     arguments: list[str] = []
-    started = 1
-    at = 0
+    for kind, value, line in _tokens(path, text, release):
+        if kind == "word" and depth == 0:
+            name, started = value.lower(), line
+            continue
+        depth += {"(": 1, ")": -1}.get(value, 0) if kind == "paren" else 0
+        if depth == 0:
+            yield name, tuple(arguments), started
+            arguments = []
+        elif kind != "paren" or depth > 1 or value == ")":
+            arguments.append(value[1:-1] if kind == "quoted" else value)
+
+
+def _tokens(path: str, text: str, release: str) -> Iterator[tuple[str, str, int]]:
+    """Words, strings and parentheses with their lines; blanks and comments are left out."""
+    at, line = 0, 1
     while at < len(text):
         match = _TOKEN.match(text, at)
         if match is None:
-            raise _unreadable(path, line, text[at : at + 40], release)
-        kind, value = match.lastgroup or "", match[0]
-        kind = next(k for k in ("comment", "quoted", "bracket", "paren", "word", "space") if match[k] is not None)
-        if kind == "paren" and value == "(":
-            depth += 1
-            if depth > 1:
-                arguments.append(value)
-        elif kind == "paren":
-            depth -= 1
-            if depth > 0:
-                arguments.append(value)
-            else:
-                yield name.lower(), tuple(arguments), started
-                arguments = []
-        elif kind == "word" and depth == 0:
-            name, started = value, line
-        elif kind in ("word", "quoted", "bracket"):
-            arguments.append(value[1:-1] if kind == "quoted" else value)
-        line += value.count("\n")
+            raise _unreadable(path, line, text[at : at + 40].partition("\n")[0], release)
+        kind = next(kind for kind in _KINDS if match[kind] is not None)
+        if kind not in ("comment", "space"):
+            yield kind, match[0], line
+        line += match[0].count("\n")
         at = match.end()
 
 
