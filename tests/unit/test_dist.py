@@ -188,6 +188,17 @@ def test_a_base_without_cmake_files_is_told(world: World) -> None:
     refused(world, "--pin", "0.20.2", "--channel", "native", said=("no native dependency was found", "0.20.2"))
 
 
+def test_a_proof_run_is_for_the_statements(world: World) -> None:
+    (world.root / "proof.json").write_text("[]", encoding="utf-8")
+    said = ("--proof is for the statements", "--channel statements")
+    refused(world, "--pin", "0.20.2", "--channel", "quilt", "--proof", world.root / "proof.json", said=said)
+
+
+def test_the_manifest_says_that_statements_were_not_asked_for(world: World) -> None:
+    record = json.loads((one_pin(world) / "0.20.2" / "manifest.json").read_text(encoding="utf-8"))
+    assert set(record["statements"].values()) == {"the channel was not asked for"}
+
+
 def test_a_release_without_a_series(world: World) -> None:
     refused(world, "--pin", "0.22.0", said=("there is no series for this release", "0.22.0"))
 

@@ -51,6 +51,10 @@ class Order:
     proofs: Proofs | None = None
     all_releases: bool = True
 
+    def wants(self, channel: str) -> bool:
+        """True where *channel* was asked for, by name or because none was named."""
+        return not self.channels or channel in self.channels
+
 
 @dataclass(frozen=True)
 class ReleaseDist:
@@ -81,7 +85,7 @@ def make_dist(
     catalog: Catalog, releases: Sequence[Release], find_sdist: FindSdist, out: Path, order: Order, say: Say
 ) -> Dist:
     """Make ``<out>/vllm-patches-<version>…``; raises `PatchesError` and leaves nothing half-written."""
-    _check_channels(order.channels)
+    _check_channels(order)
     for release in releases:
         catalog.need_series(release)
     releases = _concerned(catalog, releases, order, say)
@@ -118,13 +122,21 @@ def _concerned(catalog: Catalog, releases: Sequence[Release], order: Order, say:
 _TABLES = ("fixes.toml", "releases.toml")
 
 
-def _check_channels(channels: Iterable[str]) -> None:
-    if unknown := [name for name in channels if name not in ALL_CHANNELS]:
+def _check_channels(order: Order) -> None:
+    """Every channel is known, and no option is passed over in silence."""
+    if unknown := [name for name in order.channels if name not in ALL_CHANNELS]:
         raise PatchesError(
             "unknown channel",
             expected=f"some of {', '.join(ALL_CHANNELS)}",
             found=", ".join(unknown),
             next_command="vllm-patches dist --help",
+        )
+    if order.proofs is not None and not order.wants(STATEMENTS):
+        raise PatchesError(
+            "--proof is for the statements, which are not among the channels",
+            expected=f"--channel {STATEMENTS}, or no --channel",
+            found=", ".join(order.channels),
+            next_command=f"vllm-patches dist --channel {STATEMENTS} --proof FILE",
         )
 
 
@@ -170,23 +182,37 @@ def _release(
 
     tops = {path.partition("/")[0] for path in tree if "/" in path}
     bundle = compose(release, series, order.wish, read, tops)
-    evidence = statements.Evidence(bundle, series, catalog.fixes, order.proofs, epoch)
-    wanted = order.channels or ALL_CHANNELS
-    withheld = statements.withheld(evidence)
-    assets = quilt.assets(bundle, order.links)
-    for name, channel in CHANNELS.items():
-        if name in wanted and channel is not quilt.assets:
-            assets += channel(bundle, order.links)
-    if NATIVE in wanted:
+    assets = _channels(bundle, order)
+    if order.wants(NATIVE):
         texts = {path: data.decode("utf-8") for path, data in read(filter(nativedeps.is_cmake, tree)).items()}
         assets.append(nativedeps.asset(release, texts))
-    if STATEMENTS in wanted:
+    withheld = dict.fromkeys((item.fix for item in bundle.items if item.fix), "the channel was not asked for")
+    if order.wants(STATEMENTS):
+        evidence = statements.Evidence(bundle, series, catalog.fixes, order.proofs, epoch)
+        withheld = statements.withheld(evidence)
         assets += statements.assets(evidence)
     assets += [manifest(bundle, withheld), modifications(bundle, catalog.fixes)]
-    names = tuple(item.name for item in bundle.items)
-    refreshed = tuple(item.name for item in bundle.items if item.refreshed)
-    stated = tuple(item.fix for item in bundle.items if item.fix and item.fix not in withheld)
-    return assets, ReleaseDist(release.version, bundle.version, names, refreshed, stated, withheld)
+    return assets, _result(bundle, withheld)
+
+
+def _channels(bundle: Bundle, order: Order) -> list[Asset]:
+    """The patches themselves, which the others refer to, and the channels that were asked for."""
+    assets = quilt.assets(bundle, order.links)
+    for name, channel in CHANNELS.items():
+        if order.wants(name) and channel is not quilt.assets:
+            assets += channel(bundle, order.links)
+    return assets
+
+
+def _result(bundle: Bundle, withheld: Mapping[str, str]) -> ReleaseDist:
+    return ReleaseDist(
+        release=bundle.release.version,
+        version=bundle.version,
+        patches=tuple(item.name for item in bundle.items),
+        refreshed=tuple(item.name for item in bundle.items if item.refreshed),
+        stated=tuple(item.fix for item in bundle.items if item.fix and item.fix not in withheld),
+        withheld=withheld,
+    )
 
 
 def _write(target: Path, files: Iterable[Asset]) -> None:

@@ -19,7 +19,7 @@ from vllm_patches.dist.bundle import Asset, Bundle, Item
 from vllm_patches.dist.proofs import Proofs
 from vllm_patches.headers import REPOSITORY
 from vllm_patches.hunks import blob_id
-from vllm_patches.model import IDENT_EMAIL, IDENT_NAME, Fix, Series
+from vllm_patches.model import IDENT_EMAIL, IDENT_NAME, Fix, Release, Series
 
 CONTEXT = "https://openvex.dev/ns/v0.2.0"
 
@@ -129,16 +129,7 @@ def _cyclonedx(evidence: Evidence, proved: list[Item]) -> dict[str, object]:
         "purl": product,
         "licenses": [{"license": {"id": "Apache-2.0"}}],
         "pedigree": {
-            "ancestors": [
-                {
-                    "type": "library",
-                    "bom-ref": purl(release.version),
-                    "name": "vllm",
-                    "version": release.version,
-                    "purl": purl(release.version),
-                    "hashes": [{"alg": "SHA-256", "content": release.sha256}],
-                }
-            ],
+            "ancestors": [_ancestor(release)],
             "patches": [_patch(evidence, item, item in proved) for item in bundle.items],
         },
     }
@@ -153,6 +144,13 @@ def _cyclonedx(evidence: Evidence, proved: list[Item]) -> dict[str, object]:
     schema = "http://cyclonedx.org/schema/bom-1.6.schema.json"
     head = {"$schema": schema, "bomFormat": "CycloneDX", "specVersion": "1.6"}
     return {**head, "serialNumber": f"urn:uuid:{_uuid(evidence, 'cyclonedx', body)}", **body}
+
+
+def _ancestor(release: Release) -> dict[str, object]:
+    """What was patched: upstream's release, by its sdist."""
+    product = purl(release.version)
+    names = {"type": "library", "bom-ref": product, "name": "vllm", "version": release.version, "purl": product}
+    return {**names, "hashes": [{"alg": "SHA-256", "content": release.sha256}]}
 
 
 def _patch(evidence: Evidence, item: Item, proved: bool) -> dict[str, object]:
