@@ -1,0 +1,30 @@
+"""One gather with more rows than tokens, for compute-sanitizer: gather_once.py LIBRARY SHARED POISON."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import native_unit
+
+
+def main() -> None:
+    """Load, poison, gather; what the kernel does is the sanitizer's to tell."""
+    import torch
+
+    library, shared, value = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    torch.library.Library("_C_cache_ops", "FRAGMENT").define(native_unit.SCHEMA)
+    torch.ops.load_library(str(library))
+    batch = native_unit.Batch((50, 0, 70), 1024)
+    native_unit.poison(shared, value)
+    getattr(torch.ops._C_cache_ops, native_unit.OPERATOR)(*batch.arguments)
+    try:
+        torch.cuda.synchronize()
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
