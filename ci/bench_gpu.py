@@ -3,13 +3,14 @@
     python ci/bench_gpu.py --stock DIR|TREE [--patched DIR|TREE] [--later TREE] [--site DIR ...]
 
 Each variant is timed in CUDA graphs (triton.testing.do_bench_cudagraph, so the cost of a launch from Python is not in
-it), several rounds, one variant after the other in each; the median of the rounds counts. Stock is timed twice: the ratio
-of the two is the run's own spread. --later is a tree of the release with upstream's fix of the Triton gather.
+it), several rounds, one variant after the other in each; the median of the rounds counts. Stock is timed twice: the
+ratio of the two is the run's own spread. --later is a tree of the release with upstream's fix of the Triton gather.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import datetime
 import functools
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -40,15 +42,19 @@ Variants = dict[str, Callable[[], object]]
 Bench = tuple[str, str, str, int, Variants]
 
 
-def load(name: str, path: Path, replace: Mapping[str, str] | None = None) -> ModuleType:
-    """The module in *path* under another name of the same package; *replace* changes its text first, all or none."""
+def changed(path: Path, *changes: tuple[str, str]) -> str:
+    """The text of *path* after some replacements, each of which must be possible once."""
     text = path.read_text(encoding="utf-8")
-    for old, new in (replace or {}).items():
+    for old, new in changes:
         if text.count(old) != 1:
             raise RuntimeError(f"{path.name}: expected once, found {text.count(old)} times: {old!r}")
         text = text.replace(old, new)
-    folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    copy = folder / path.name
+    return text
+
+
+def load(name: str, text: str) -> ModuleType:
+    """A module of that text under a name in the package that its own imports are relative to."""
+    copy = Path(tempfile.mkdtemp(prefix="bench-")) / f"{name.rpartition('.')[2]}.py"
     copy.write_text(text, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(name, copy)
     assert spec is not None and spec.loader is not None
@@ -68,7 +74,8 @@ class Code:
         """A module of the release, stock and patched."""
         package = ".".join(Path(path).parent.parts)
         sides = {STOCK: self.stock, PATCHED: self.patched}
-        return {side: load(f"{package}.bench_{side}_{Path(path).stem}", root / path) for side, root in sides.items()}
+        stem = Path(path).stem
+        return {side: load(f"{package}.bench_{side}_{stem}", changed(root / path)) for side, root in sides.items()}
 
     def has(self, path: str) -> bool:
         """Whether the series touches a file of this release."""
@@ -100,39 +107,49 @@ def batches() -> Iterator[tuple[str, Any, int, bool]]:
 def cxx_gather(code: Code, shared: Path) -> Iterator[Bench]:
     """The C++ kernel. Upstream's fix is the same text as ours; the other form keeps the warp's barrier."""
     import native_unit
-    import torch
 
-    warp = (code.patched / SOURCE).read_text(encoding="utf-8")
-    for old, new in WARP_BARRIERS:
-        if warp.count(old) != 1:
-            raise RuntimeError(f"{SOURCE}: expected once: {old!r}")
-        warp = warp.replace(old, new)
+    warp = changed(code.patched / SOURCE, *WARP_BARRIERS)
     texts = {STOCK: (code.stock, None), PATCHED: (code.patched, None), OTHER: (code.patched, {SOURCE: warp.encode()})}
-    calls: dict[str, Any] = {}
-    for number, (name, (tree, sources)) in enumerate(texts.items()):
-        space = f"bench_gather_{number}"
-        library = native_unit.build(tree, shared, space, sources)
-        torch.library.Library(space, "FRAGMENT").define(native_unit.SCHEMA)
-        torch.ops.load_library(str(library))
-        calls[name] = getattr(getattr(torch.ops, space), native_unit.OPERATOR)
+    spaces = {name: f"bench_gather_{number}" for number, name in enumerate(texts)}
+    with ThreadPoolExecutor() as pool:  # a compiler each
+        jobs = {
+            name: pool.submit(native_unit.build, tree, shared, spaces[name], sources)
+            for name, (tree, sources) in texts.items()
+        }
+    calls = {name: native_unit.operator(job.result(), spaces[name]) for name, job in jobs.items()}
     for shape, batch, moved, exact in batches():
         variants: Variants = {name: functools.partial(call, *batch.arguments) for name, call in calls.items()}
         yield "0001", "K gather, C++", shape, moved, variants if exact else without_stock(variants)
 
 
 # Of the patched text: both barriers of the block become those of a warp, which holds the 8 threads of a row.
-WARP_BARRIERS = (
-    (
-        "    batch_idx[threadIdx.y] = -1;\n  }\n  __syncthreads();",
-        "    batch_idx[threadIdx.y] = -1;\n  }\n  __syncwarp();",
-    ),
-    ("return only below this one.\n  __syncthreads();", "return only below this one.\n  __syncwarp();"),
-)
+FIRST, SECOND = "    batch_idx[threadIdx.y] = -1;\n  }\n", "return only below this one.\n"
+WARP_BARRIERS = tuple((f"{text}  __syncthreads();", f"{text}  __syncwarp();") for text in (FIRST, SECOND))
 
 
 def without_stock(variants: Variants) -> Variants:
     """Where there are more rows than tokens stock reads out of bounds."""
     return {name: call for name, call in variants.items() if name != STOCK}
+
+
+TWIN_FUNCTIONS = ("_cp_gather_indexer_quant_cache_kernel", "cp_gather_indexer_k_quant_cache_triton")
+
+
+def with_functions_of(path: Path, other: Path, names: tuple[str, ...]) -> str:
+    """The text of *path* with the named functions, decorators and all, in the words of *other*."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    theirs = other.read_text(encoding="utf-8")
+    for name in reversed(names):  # from the end, so that the lines before keep their numbers
+        start, end = span("\n".join(lines), name)
+        lines[start:end] = theirs.splitlines()[slice(*span(theirs, name))]
+    return "\n".join(lines) + "\n"
+
+
+def span(text: str, name: str) -> tuple[int, int]:
+    """First line of a function's decorators and the line behind its end, from 0."""
+    (found,) = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name)
+    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
+    return first - 1, found.end_lineno or found.lineno
 
 
 def triton_gather(code: Code) -> Iterator[Bench]:
@@ -144,9 +161,9 @@ def triton_gather(code: Code) -> Iterator[Bench]:
         "NHD" if '        "NHD",\n        head_dim,' in (code.stock / TWIN).read_text(encoding="utf-8") else "SHUFFLE"
     )
     if code.later:
-        swap = {'        "SHUFFLE",\n        head_dim,': f'        "{layout}",\n        head_dim,'}
-        package = ".".join(Path(TWIN).parent.parts)
-        modules[UPSTREAM] = load(f"{package}.bench_later", code.later / TWIN, swap)
+        text = with_functions_of(code.stock / TWIN, code.later / TWIN, TWIN_FUNCTIONS)
+        text = text.replace('        "SHUFFLE",\n        head_dim,', f'        "{layout}",\n        head_dim,')
+        modules[UPSTREAM] = load(".".join((*Path(TWIN).parent.parts, "bench_later")), text)
     for shape, batch, moved, exact in batches():
         lengths = torch.tensor(batch.lengths, device="cuda")
         owners = torch.full((batch.rows,), 0x7FFFFFFF, device="cuda", dtype=torch.int32)
@@ -185,24 +202,23 @@ def gdn(code: Code) -> Iterator[Bench]:
         gates |= {name: torch.randn(heads, device="cuda") for name in ("A_log", "dt_bias")}
         out = torch.empty(rows, 1, heads, size, device="cuda", dtype=torch.bfloat16)
         mixed = torch.cat([x.reshape(rows, -1) for x in (q, k, v)], 1)
-        common = {"initial_state": state, "ssm_state_indices": slots, "use_qk_l2norm_in_kernel": True}
         shape, moved = f"{rows} rows, {q_heads}/{heads} heads of {size}", 4 * rows * heads * size * size
-        yield "0002", "GDN recurrent", shape, moved, {
-            name: functools.partial(module.fused_recurrent_gated_delta_rule, q, k, v, -g, beta, cu_seqlens=starts, **common)
-            for name, module in recurrent.items()
-        }  # fmt: skip
-        yield "0002", "GDN packed decode", shape, moved, {
-            name: functools.partial(
-                module.fused_recurrent_gated_delta_rule_packed_decode, mixed, **gates, scale=size**-0.5, out=out, **common
-            )
-            for name, module in recurrent.items()
-        }  # fmt: skip
-        yield "0002", "GDN sigmoid gating", shape, moved, {
-            name: functools.partial(
-                module.fused_sigmoid_gating_delta_rule_update, **gates, q=q, k=k, v=v, cu_seqlens=starts, **common
-            )
-            for name, module in gating.items()
-        }  # fmt: skip
+        common = {"initial_state": state, "ssm_state_indices": slots, "use_qk_l2norm_in_kernel": True}
+        plain, decode, gated = (
+            {**common, "cu_seqlens": starts},
+            {**common, **gates, "scale": size**-0.5, "out": out},
+            {**common, **gates, "q": q, "k": k, "v": v, "cu_seqlens": starts},
+        )
+        calls = {
+            "GDN recurrent": (recurrent, "fused_recurrent_gated_delta_rule", (q, k, v, -g, beta), plain),
+            "GDN packed decode": (recurrent, "fused_recurrent_gated_delta_rule_packed_decode", (mixed,), decode),
+            "GDN sigmoid gating": (gating, "fused_sigmoid_gating_delta_rule_update", (), gated),
+        }
+        for what, (modules, name, given, named) in calls.items():
+            variants = {
+                side: functools.partial(getattr(module, name), *given, **named) for side, module in modules.items()
+            }
+            yield "0002", what, shape, moved, variants
 
 
 def lightning(code: Code) -> Iterator[Bench]:
@@ -234,17 +250,16 @@ def decode_lengths(code: Code) -> Iterator[Bench]:
     """
     modules = code.pair(INDEXER)
     package = ".".join(Path(INDEXER).parent.parts)
-    native = {"                ).clamp_(min=0)\n": "                )\n"}
-    uniform = {"tl.maximum(seq_len - max_decode_len + local_idx + 1, 0)": "seq_len - max_decode_len + local_idx + 1"}
-    modules[UPSTREAM] = load(f"{package}.bench_upstream", code.patched / INDEXER, native | uniform)
-    in_place = {
-        "                seq_lens_buffer[:] = (\n                    seq_lens.unsqueeze(1)\n":
-        "                torch.clamp(\n                    seq_lens.unsqueeze(1)\n",
-        "                    + self.offsets_buffer[:max_decode_len]\n                ).clamp_(min=0)\n":
-        "                    + self.offsets_buffer[:max_decode_len],\n                    min=0,\n"
-        "                    out=seq_lens_buffer,\n                )\n",
-    }  # fmt: skip
-    modules[OTHER] = load(f"{package}.bench_other", code.patched / INDEXER, in_place)
+    clamp = ("                ).clamp_(min=0)\n", "                )\n")
+    kernel = ("tl.maximum(seq_len - max_decode_len + local_idx + 1, 0)", "seq_len - max_decode_len + local_idx + 1")
+    modules[UPSTREAM] = load(f"{package}.bench_upstream", changed(code.patched / INDEXER, clamp, kernel))
+    head = "                seq_lens_buffer[:] = (\n                    seq_lens.unsqueeze(1)\n"
+    tail = "                    + self.offsets_buffer[:max_decode_len]\n                ).clamp_(min=0)\n"
+    in_place = (
+        (head, "                torch.clamp(\n                    seq_lens.unsqueeze(1)\n"),
+        (tail, tail.partition("\n")[0] + ",\n                    min=0, out=seq_lens_buffer,\n                )\n"),
+    )
+    modules[OTHER] = load(f"{package}.bench_other", changed(code.patched / INDEXER, *in_place))
     for rows in (1, 64, 512):
         for native_path, length in ((True, 2), (False, 4)):
             calls = {name: one_step(module, name, rows, length, native_path) for name, module in modules.items()}

@@ -1,7 +1,7 @@
 """What a GPU case is written with: the registry, the failure it names, and what it is told about its side.
 
-A case is a function that runs once per side (stock, patched and, where it says so, upstream), each time in a process
-of its own. It returns its figures when the side is sound and raises when it is not. Modules in ``cases/`` import neither
+A case is a function that runs once per side (stock, patched and, where it says so, upstream), each time in a process of
+its own. It returns its figures when the side is sound and raises when it is not. Modules in ``cases/`` import neither
 torch nor vLLM at their top: listing the cases needs no GPU.
 """
 

@@ -22,6 +22,7 @@ SOURCE = "csrc/cache_kernels.cu"
 OPERATOR = "cp_gather_indexer_k_quant_cache"
 SCHEMA = f"{OPERATOR}(Tensor kv_cache, Tensor! dst_k, Tensor! dst_scale, Tensor block_table, Tensor cu_seq_lens) -> ()"
 UNTOUCHED = 0xAA
+_KEPT: list[Any] = []  # a torch Library takes its definitions back when it is collected
 HEAD, PAGE = 128, 64  # bytes of a key (fp8, one scale of 4 bytes for all of it), tokens of a block
 CUDA = Path("/usr/local/cuda/bin")
 
@@ -71,6 +72,17 @@ def build(tree: Path, shared: Path, namespace: str, sources: Mapping[str, bytes]
         if not kept.is_file():
             kept.write_bytes(data)
     return kept
+
+
+def operator(library: Path, namespace: str) -> Any:
+    """The library's kernel behind upstream's schema, with nothing else of vLLM's loaded."""
+    import torch
+
+    schema = torch.library.Library(namespace, "FRAGMENT")
+    schema.define(SCHEMA)
+    _KEPT.append(schema)
+    torch.ops.load_library(str(library))
+    return getattr(getattr(torch.ops, namespace), OPERATOR)
 
 
 def poison(shared: Path, value: int) -> None:

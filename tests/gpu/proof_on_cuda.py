@@ -1,4 +1,4 @@
-"""The checks of ``tests/repro`` on a GPU: the same inputs and references, the kernels compiled instead of interpreted."""
+"""The checks of ``tests/repro`` on a GPU: same inputs, same references, the kernels compiled, not interpreted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ REPRO = Path(__file__).resolve().parents[1] / "repro"
 
 
 def _to_gpu(release: str) -> None:
-    """Make torch's factories use the GPU, and the generators that the checks seed as well."""
+    """Make torch's factories use the GPU."""
     import torch
 
     os.environ["VLLM_PATCHES_RELEASE"] = release
     sys.path[:0] = [str(REPRO), str(REPRO / "cases")]
     torch.set_default_device("cuda")
-    torch.Generator = functools.partial(torch.Generator, device="cuda")  # type: ignore[misc, assignment]
+
+
+class _Torch:
+    """torch as a check's module sees it: the generators that it seeds are the GPU's."""
+
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        return functools.partial(torch.Generator, device="cuda") if name == "Generator" else getattr(torch, name)
 
 
 def _compiled_again() -> None:
@@ -40,7 +48,9 @@ def run_checks(context: Context, module: str, names: tuple[str, ...]) -> dict[st
     import torch
     from case_api import Defect as ProofDefect
 
-    case = importlib.import_module(module).CASE
+    loaded: Any = importlib.import_module(module)
+    case = loaded.CASE
+    loaded.torch = _Torch()
     if module == "gdn_null_block_guard":
         _compiled_again()
     failed: dict[str, str] = {}

@@ -3,8 +3,8 @@
     python tests/gpu/run.py --stock DIR|WHEEL|TREE [--patched DIR|WHEEL|TREE] [--case NAME ...] [--list]
 
 Without --patched it is made from the stock one by this project's own tool. Each side of each case is a process of its
-own. A case is proved when the stock side fails with the named error and the patched side passes; a case that was not run
-is reported as that and makes the exit status 1, like one that is not proved.
+own. A case is proved when the stock side fails with the named error and the patched side passes; a case that was not
+run is reported as that and makes the exit status 1, like one that is not proved.
 """
 
 from __future__ import annotations

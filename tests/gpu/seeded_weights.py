@@ -1,7 +1,8 @@
-"""Random weights that answer: each tensor drawn from a seed made of its name, wide enough that outputs depend on inputs.
+"""Random weights that answer: each tensor from a seed made of its name, wide enough that outputs depend on inputs.
 
 vLLM's own dummy weights are so small that a model repeats one token whatever its KV cache holds. This is a vLLM plugin
-(group ``vllm.general_plugins``), so that every process of an engine has it; it takes the place of ``--load-format dummy``.
+(group ``vllm.general_plugins``), so that every process of an engine has it; it takes the place of vLLM's loader for
+``--load-format dummy``.
 """
 
 from __future__ import annotations
