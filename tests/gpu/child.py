@@ -18,6 +18,16 @@ from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 COMPILED = ("_C", "_C_stable_libtorch", "_moe_C", "_rocm_C")
+ATTENTION = "vllm_flash_attn"
+
+
+class Absent(ModuleType):
+    """A module that has every name, none of which can be called."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 def stand_in_for_compiled(target: Path) -> None:
@@ -25,6 +35,8 @@ def stand_in_for_compiled(target: Path) -> None:
     for name in COMPILED:
         if not list((target / "vllm").glob(f"{name}.*so")):
             sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
+    if not list((target / "vllm" / ATTENTION).glob("*.so")):
+        sys.modules[f"vllm.{ATTENTION}"] = Absent(f"vllm.{ATTENTION}")
 
 
 def describe(error: BaseException) -> str:

@@ -28,7 +28,8 @@ PREFIX = [
     {"prompts": [words(seed, 128) for seed in range(8)], "length": 1},
     {"prompts": [[*words(seed, 128), 5 + seed] for seed in range(8)], "length": LENGTH},
 ]
-MIXED = [{"prompts": [words(seed, size) for seed, size in enumerate((1, 40, 1, 7, 1, 130, 1, 1))], "length": LENGTH}]
+# The builder counts the leading rows of one length as decodes: here the three prompts of one token.
+MIXED = [{"prompts": [words(seed, size) for seed, size in enumerate((1, 1, 1, 40, 7, 130, 1, 20))], "length": LENGTH}]
 LONG = [{"prompts": [words(seed, 20 + seed) for seed in range(8)], "length": LENGTH}]
 
 
