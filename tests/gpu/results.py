@@ -150,12 +150,19 @@ def as_json(result: CaseResult, cleaner: Cleaner) -> dict[str, Any]:
 def write(path: Path, run: Mapping[str, Any]) -> None:
     """Add *run* to the file, in place of an earlier state of the same run; the file is replaced as a whole."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"schema": SCHEMA, "runs": []}
-    runs = [old for old in known["runs"] if old["id"] != run["id"]]
+    same = (run["id"], run["command"])  # two runs may start in one second
+    runs = [old for old in known["runs"] if (old["id"], old["command"]) != same]
     text = json.dumps({"schema": SCHEMA, "runs": [*runs, run]}, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[\s+(-?[\d.]+(?:,\s+-?[\d.]+)*)\s+\]", _on_one_line, text)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(path)
+
+
+def _on_one_line(numbers: re.Match[str]) -> str:
+    """A list of numbers, which indent spreads over as many lines."""
+    return f"[{' '.join(numbers[1].split())}]"
 
 
 def main() -> None:
