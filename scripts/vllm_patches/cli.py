@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vllm_patches import __version__, render
 from vllm_patches.apply import apply_release, states_only
+from vllm_patches.buildenv import DEVICE_VARIABLE, Device, device_named
 from vllm_patches.catalog import DEFAULT_PIN, Catalog, open_catalog
 from vllm_patches.check import check_catalog
 from vllm_patches.checkout import apply_checkout
@@ -93,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--torch", type=Path, help="the torch package whose headers are used (default: this Python's)")
     one.add_argument("--sdist", type=Path, help="the release's sdist, for a compiled part on a machine with no network")
     one.add_argument("--thorough", action="store_true", help="inflate every copied file too and compare with RECORD")
+    _add_source_options(one)
     one = verb("check", _check, "do the patches still apply? to every pin, or to a tree of yours")
     one.add_argument("--pin", action="append", help="only this release (repeatable)")
     one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
@@ -124,6 +127,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_source_options(one: argparse.ArgumentParser) -> None:
+    """What `build --mode source` alone takes."""
+    devices = [device.value for device in Device]
+    one.add_argument("--mode", choices=("wheel", "source"), default="wheel", help="source: upstream's own full build")
+    one.add_argument("--target-device", choices=devices, help=f"source: default ${DEVICE_VARIABLE}, else cuda")
+    one.add_argument("--no-build-isolation", action="store_true", help="source: build with the interpreter's packages")
+    one.add_argument("--python", help="source: the interpreter to build with (default: this one)")
+    one.add_argument("--work", type=Path, default=Path("build/source"), help="source: where (default: %(default)s)")
+
+
 def _finder(sdist: Path | None) -> FindSdist:
     """Where sdists come from: the given file, else the cache and the index."""
     if sdist is not None:
@@ -153,6 +166,9 @@ def _apply(catalog: Catalog, options: argparse.Namespace) -> int:
 
 
 def _build(catalog: Catalog, options: argparse.Namespace) -> int:
+    if options.mode == "source":
+        return _build_source(catalog, options)
+    _refuse(options, ("target_device", "no_build_isolation", "python"), "--mode wheel")
     from vllm_patches.native import NativeOptions
     from vllm_patches.wheel import build_wheel, release_of
 
@@ -169,6 +185,34 @@ def _build(catalog: Catalog, options: argparse.Namespace) -> int:
     )  # fmt: skip
     _print(options, built, render.built_text(built))
     return 0
+
+
+def _build_source(catalog: Catalog, options: argparse.Namespace) -> int:
+    from vllm_patches.sourcebuild import SourceOptions, build_source
+
+    _refuse(options, ("wheel", "arch", "without", "cuda_archs", "torch", "thorough"), "--mode source")
+    chosen = SourceOptions(
+        device_named(options.target_device),
+        Path(shutil.which(options.python) or options.python).absolute() if options.python else Path(sys.executable),
+        not options.no_build_isolation,
+    )
+    release = catalog.release(options.pin or DEFAULT_PIN)
+    built = build_source(catalog, release, _finder(options.sdist), options.work, options.out, say, chosen)
+    _print(options, built, render.source_built_text(built))
+    return 0
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], mode: str) -> None:
+    """Options of the other mode would be passed over in silence."""
+    if given := [name for name in names if getattr(options, name)]:
+        flag = "--" + given[0].replace("_", "-")
+        raise PatchesError(
+            f"{flag} is of no use with {mode}",
+            expected="options of one mode",
+            found=f"{flag} {getattr(options, given[0])}",
+            next_command=f"vllm-patches build {mode}"
+            + ("    # architectures: TORCH_CUDA_ARCH_LIST, which upstream reads" if flag == "--cuda-archs" else ""),
+        )
 
 
 def _need_one_pin(options: argparse.Namespace) -> None:

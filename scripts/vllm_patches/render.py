@@ -15,10 +15,11 @@ from vllm_patches.errors import PatchesError
 from vllm_patches.install import Installed, InstallOutcome
 from vllm_patches.outcome import Applied, ApplyOutcome
 from vllm_patches.treecheck import Fit, TreeReport
-from vllm_patches.verify import Verified
+from vllm_patches.verify import FixStatus, Verified
 
 if TYPE_CHECKING:
     from vllm_patches.newpin import NewPin
+    from vllm_patches.sourcebuild import SourceBuilt
     from vllm_patches.watch import WatchReport
     from vllm_patches.wheel import Built
 
@@ -52,6 +53,23 @@ def built_text(built: Built) -> str:
     lines += [f"{len(built.files)} files changed, {built.copied} copied as they were compressed"]
     lines += [*built.notes, f"wheel:  {built.wheel}", f"sha256: {built.sha256} ({built.size} bytes)"]
     return "\n".join(lines)
+
+
+def source_built_text(built: SourceBuilt) -> str:
+    """What the wheel has of the five, how it was built, and the wheel to install."""
+    lines = [f"vLLM {built.release}: built {built.version} from source for {built.device}"]
+    lines.append(table([("fix", "name", "status", "told by"), *_fix_rows(built.fixes)]))
+    torch = f"torch {built.torch}" if built.torch else "pip's own environment"
+    lines.append(
+        f"Python {built.python}, {torch}, {built.jobs} jobs, compiler cache: {built.compiler_cache}; "
+        f"{built.seconds} s in upstream's build"
+    )
+    lines += [*(f"note: {note}" for note in built.notes), f"log:    {built.log}", f"wheel:  {built.wheel}"]
+    return "\n".join([*lines, f"sha256: {built.sha256} ({built.size} bytes)"])
+
+
+def _fix_rows(fixes: Sequence[FixStatus]) -> list[tuple[str, str, str, str]]:
+    return [(fix.fix, fix.name, fix.status.value, fix.by) for fix in fixes]
 
 
 def check_text(report: CheckReport) -> str:
@@ -105,6 +123,7 @@ def installed_text(result: Installed) -> str:
 def verified_text(report: Verified) -> str:
     """A line per fix, every broken claim, and the verdict."""
     lines = [f"{report.where}: {report.kind}, vLLM {report.version or report.release or 'of unknown version'}"]
+    lines += [report.origin] if report.origin else []
     rows = [("fix", "name", "status", "told by", "")]
     rows += [(fix.fix, fix.name, fix.status.value, fix.by, fix.detail) for fix in report.fixes]
     lines.append(table(rows))
