@@ -25,7 +25,7 @@ Cell = dict[str, Any]
 def runs(folder: Path = RESULTS) -> list[Cell]:
     """Every recorded run, oldest first; each knows its file."""
     found: list[Cell] = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("[0-9]*.json")):
         found += [run | {"file": path.name} for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
     return sorted(found, key=lambda run: str(run["date"]))
 
@@ -72,6 +72,7 @@ def summary(found: list[Cell]) -> str:
         ]
         lines.append(f"| {fix} | {' | '.join(cells)} |")
     lines += [
+        *rates(rows),
         "",
         "| kernel | release | patched / stock | stock / stock | upstream's form / stock |",
         "| --- | --- | --- | --- | --- |",
@@ -79,6 +80,26 @@ def summary(found: list[Cell]) -> str:
     for release, bench in sorted(newest_benches(found).items()):
         lines += [f"| {row} |" for row in costs(release, bench)]
     return "\n".join(lines)
+
+
+def rates(rows: dict[tuple[str, str], Cell]) -> list[str]:
+    """A line for each load that both sides came through in several rounds: the median, and the slowest and fastest."""
+    lines: list[str] = []
+    for (name, release), row in sorted(rows.items()):
+        both = {side: row["sides"][side]["measures"] for side in ("stock", "patched")}
+        if row["verdict"] == "control passed" and all("rounds" in figures for figures in both.values()):
+            said = [f"{side} {ranged_rate(figures)}" for side, figures in both.items()]
+            lines += [
+                "",
+                f"Tokens per second, {name}, {release}, {len(both['stock']['rounds'])} rounds: {', '.join(said)}.",
+            ]
+    return lines
+
+
+def ranged_rate(figures: Cell) -> str:
+    """ "100 (90 to 110)"."""
+    rounds = figures["rounds"]
+    return f"{figures['tokens_per_second']:.0f} ({min(rounds):.0f} to {max(rounds):.0f})"
 
 
 def counted(rows: list[Cell]) -> str:
