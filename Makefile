@@ -135,6 +135,24 @@ bench-native: $(VENV)/test.stamp $(VENV)/native.stamp ## the compiled part again
 	@NATIVE_CUDA=$(VENV)/cuda/nvidia/cu13 NATIVE_TORCH=$(VENV)/torch-headers/torch PYTHONPATH=scripts \
 		$(BIN)/python ci/bench_native.py
 
+# On a machine with an NVIDIA GPU. GPU_PYTHON is an interpreter with the torch that STOCK (a vLLM: site folder, wheel or
+# tree) needs; PATCHED is made from it unless given. More options: tests/gpu/run.py --help.
+GPU_PYTHON ?= python3
+gpu_options = $(call option,patched,PATCHED) $(call option,site,SITE) $(call option,out,OUT) --python '$(GPU_PYTHON)'
+
+.PHONY: test-gpu
+test-gpu: ## stock fails, patched passes, on this machine's GPU (STOCK=, PATCHED=, CASE=, JOBS=, SITE=, OPERATORS=)
+	@$(GPU_PYTHON) tests/gpu/run.py --stock '$(STOCK)' $(gpu_options) $(call option,operators,OPERATORS) \
+		$(foreach name,$(CASE),--case '$(name)') $(call option,jobs,JOBS)
+
+.PHONY: bench-gpu
+bench-gpu: ## what the fixes cost on this machine's GPU (STOCK=, PATCHED=, SITE=, LATER=a tree of 0.22.0)
+	@$(GPU_PYTHON) ci/bench_gpu.py --stock '$(STOCK)' $(gpu_options) $(call option,later,LATER)
+
+.PHONY: gpu-table
+gpu-table: ## what the recorded GPU runs say; writes the README's summary of them
+	@$(PYTHON) ci/gpu_table.py --write
+
 .PHONY: ci
 ci: ## what CI runs
 	@bash .ci/run
