@@ -3,7 +3,7 @@
 #   make apply [PIN=0.20.2|all] [SRC=/path/to/checkout] [SDIST=FILE]   a patched tree under build/src, or a branch
 #   make build [PIN=0.20.2] [WHEEL=FILE] [WITHOUT=0001-native]         a patched wheel in dist/, from the official one
 #   make build MODE=source [VLLM_TARGET_DEVICE=cuda|rocm|cpu|empty]    the same by upstream's own full build
-#   make dist [PIN=0.20.2] [FIXES="0003 0005"]                        release assets for packagers (docs/packaging.md)
+#   make dist [PIN=0.20.2] [FIXES="0003 0005"]                         release assets for packagers (docs/packaging.md)
 #   make check [PIN=...] [SDIST=FILE] [TREE=DIR]                       do the patches still apply?
 #   make test                                                          all tests
 #   make ci                                                            what CI runs
