@@ -58,6 +58,17 @@ def plain_environment(home: Path) -> dict[str, str]:
     return {**kept, "PATH": path, "HOME": str(home), "LC_ALL": "C.UTF-8", "XDG_CACHE_HOME": cache}
 
 
+def own_environment() -> dict[str, str]:
+    """What our own command and make see besides: all that says how the index is reached, and where proof trees are."""
+    names = ("HOME", "XDG_CONFIG_HOME")
+    prefixes = ("PIP_", "SSL_", "REQUESTS_", "VLLM_PATCHES_")
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key in names or key.startswith(prefixes) or key.lower().endswith("_proxy")
+    }
+
+
 @dataclass(frozen=True)
 class Assets:
     """The output of one `dist` for 0.20.2: *top* is the folder it made, *folder* that of the release."""
@@ -88,7 +99,7 @@ class Assets:
 def dist(out: Path, *arguments: str) -> Path:
     """Run the verb; the folder it made."""
     command = [sys.executable, "-m", "vllm_patches", "dist", "--json", "--out", str(out), *arguments]
-    env = {**plain_environment(out.parent), "PYTHONPATH": str(ROOT / "scripts")}
+    env = {**plain_environment(out.parent), **own_environment(), "PYTHONPATH": str(ROOT / "scripts")}
     done = subprocess.run(command, cwd=out.parent, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out.parent / json.loads(done.stdout)["folder"]

@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 
 from document import commands, sections
-from packkit import HERE, PIN, RECIPES, ROOT, TOP, Assets, need, run
+from packkit import HERE, PIN, RECIPES, ROOT, TOP, Assets, need, own_environment, run
 
 SECTIONS = sections()
 
@@ -129,7 +129,7 @@ def test_dockerfile(tmp_path: Path, assets: Assets, touched: Path) -> None:
     said = Section("Dockerfile", tmp_path, assets).run()
     count = len(assets.promised)
     assert said.splitlines() == [
-        f"vllm-{PIN}: {count} files patched, now {PIN}+patches.1",
+        f"vllm-{PIN}: {count} files patched, now {assets.manifest['version']}",
         f"vllm-{PIN}: all {count} files are patched already",
     ]
     assets.check(tmp_path / f"vllm-{PIN}")
@@ -168,7 +168,7 @@ def test_native_dependencies(tmp_path: Path, assets: Assets) -> None:
 
 def make(line: str, cwd: Path, out: Path) -> str:
     """A command of the document that calls make: in this checkout, with its output elsewhere."""
-    env = {"DIST": str(out), "PWD": str(cwd)}
+    env = {**own_environment(), "DIST": str(out), "PWD": str(cwd)}
     if venv := os.environ.get("PACKAGING_VENV"):
         env["VENV"] = venv
     return run(line.replace("make ", f"make --directory={ROOT} "), cwd, env)

@@ -10,7 +10,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from packkit import ROOT, plain_environment
+from packkit import ROOT, own_environment, plain_environment
 
 PINS = ("0.19.1", "0.20.2")  # one with a C++ part, one without
 ODD = {"TZ": "Pacific/Chatham", "LC_ALL": "C", "LANG": "", "PYTHONHASHSEED": "3", "USER": "somebody"}
@@ -20,7 +20,7 @@ def build(out: Path, scripts: Path, env: dict[str, str], umask: int) -> dict[str
     """`dist` by the code in *scripts*, started in *out*'s parent; its result."""
     pins = [word for pin in PINS for word in ("--pin", pin)]
     command = [sys.executable, "-m", "vllm_patches", "dist", "--json", "--out", str(out), *pins]
-    env = {**plain_environment(out.parent), "PYTHONPATH": str(scripts), **env}
+    env = {**plain_environment(out.parent), **own_environment(), "PYTHONPATH": str(scripts), **env}
     done = subprocess.run(command, cwd=out.parent, env=env, umask=umask, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout)
