@@ -3,6 +3,7 @@
 #   make apply [PIN=0.20.2|all] [SRC=/path/to/checkout] [SDIST=FILE]   a patched tree under build/src, or a branch
 #   make build [PIN=0.20.2] [WHEEL=FILE] [WITHOUT=0001-native]         a patched wheel in dist/, from the official one
 #   make build MODE=source [VLLM_TARGET_DEVICE=cuda|rocm|cpu|empty]    the same by upstream's own full build
+#   make dist [PIN=0.20.2] [FIXES="0003 0005"]                         release assets for packagers (docs/packaging.md)
 #   make check [PIN=...] [SDIST=FILE] [TREE=DIR]                       do the patches still apply?
 #   make test                                                          all tests
 #   make ci                                                            what CI runs
@@ -51,6 +52,12 @@ build: $(RUN_ENV) $(SOURCE_ENV) ## a patched wheel from the official one (PIN=, 
 		$(call option,without,WITHOUT) $(call option,cuda-archs,CUDA_ARCHS) $(call option,torch,TORCH) \
 		$(call option,sdist,SDIST) $(if $(strip $(THOROUGH)),--thorough) --out '$(DIST)' $(json)
 
+.PHONY: dist
+dist: $(RUN_ENV) ## release assets for packagers in dist/ (PIN=, FIXES='0003 0005', CHANNEL=, PROOF=FILE, SERIES=DIR, BELOW=1, BASE_URL=, SDIST_URL=)
+	@$(RUN) dist $(call option,pin,PIN) $(call option,fixes,FIXES) $(foreach one,$(CHANNEL),--channel '$(one)') \
+		$(call option,proof,PROOF) $(call option,with-series,SERIES) $(if $(strip $(BELOW)),--below) \
+		$(call option,base-url,BASE_URL) $(call option,sdist-url,SDIST_URL) $(call option,sdist,SDIST) --out '$(DIST)' $(json)
+
 .PHONY: verify
 verify: ## which of the five an installed package, wheel, sdist or tree has (TREE=, WHEEL= or SDIST=, JSON=1)
 	@PYTHONPATH=scripts $(PYTHON) -m vllm_patches verify $(foreach what,$(TREE) $(WHEEL) $(SDIST),'$(what)') $(json)
@@ -82,6 +89,14 @@ test: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## all tests
 .PHONY: test-wheels
 test-wheels: $(VENV)/test.stamp ## build from real wheels of four releases, install and unpack the results (1.4 GB from the index)
 	@WHEEL_PINS="$${WHEEL_PINS:-0.18.1 0.19.1 0.20.2 0.21.0}" $(BIN)/python -m pytest tests/wheels
+
+.PHONY: test-packaging
+test-packaging: $(VENV)/packaging.stamp $(VENV)/proof.stamp ## dist's output through the packagers' own tools, docs/packaging.md (QUICK=1: no lintian)
+	@missing=""; while read -r tool package; do command -v $$tool >/dev/null || missing="$$missing $${package:-$$tool}"; done \
+		< <(cat ci/system-packages-packaging.txt; $(if $(strip $(QUICK)),,echo lintian)); \
+	if [ -n "$$missing" ]; then echo "error: the packaging tests need:$$missing"; \
+	echo "  next:     sudo apt-get install --yes$$missing"; exit 1; fi >&2
+	@PACKAGING=$(if $(strip $(QUICK)),quick,full) PACKAGING_VENV=$(abspath $(VENV)) $(BIN)/python -m pytest tests/packaging
 
 .PHONY: test-source
 test-source: $(VENV)/test.stamp $(VENV)/proof.stamp $(VENV)/source.stamp system-check ## upstream's own build: `empty` to its end, the others up to its CMake
@@ -166,6 +181,11 @@ $(VENV)/run.stamp: ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/pyth
 	@touch $@
 
 $(VENV)/test.stamp: ci/requirements-test.txt ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
+	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
+	@$(PIP) install -c ci/constraints.txt -r $<
+	@touch $@
+
+$(VENV)/packaging.stamp: ci/requirements-packaging.txt ci/requirements-test.txt ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
 	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
 	@$(PIP) install -c ci/constraints.txt -r $<
 	@touch $@

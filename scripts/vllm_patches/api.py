@@ -14,6 +14,7 @@ from vllm_patches.errors import PatchesError
 
 if TYPE_CHECKING:
     from vllm_patches.check import CheckReport
+    from vllm_patches.dist.make import Dist, Order
     from vllm_patches.install import Installed
     from vllm_patches.model import Artifact, Release
     from vllm_patches.outcome import Applied, Say
@@ -23,7 +24,18 @@ if TYPE_CHECKING:
     from vllm_patches.verify import Verified
     from vllm_patches.wheel import Built
 
-__all__ = ["PatchesError", "apply", "build", "build_source", "check", "check_tree", "install", "uninstall", "verify"]
+__all__ = [
+    "PatchesError",
+    "apply",
+    "build",
+    "build_source",
+    "check",
+    "check_tree",
+    "dist",
+    "install",
+    "uninstall",
+    "verify",
+]
 
 
 def _quiet(line: str) -> None:
@@ -125,6 +137,25 @@ def check_tree(tree: Path, pin: str = "") -> TreeReport:
 
     catalog = open_catalog()
     return against(catalog, tree, catalog.release(pin) if pin else None)
+
+
+def dist(
+    pins: Iterable[str] = (),
+    *,
+    order: Order | None = None,
+    sdist: Path | None = None,
+    out: Path = Path("dist"),
+    say: Say = _quiet,
+) -> Dist:
+    """Release assets of *pins* (all) below *out*; *order* says which channels and fixes, and what goes along."""
+    from dataclasses import replace
+
+    from vllm_patches.catalog import open_catalog
+    from vllm_patches.dist.make import Order, make_dist
+
+    catalog, names = open_catalog(), list(pins)
+    releases = [catalog.release(pin) for pin in names] or list(catalog.pins)
+    return make_dist(catalog, releases, _finder(sdist), out, replace(order or Order(), all_releases=not names), say)
 
 
 def install(site: Path | None = None, *, without: Iterable[str] = (), say: Say = _quiet) -> Installed:

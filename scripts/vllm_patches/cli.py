@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, function: Callable[[Catalog, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text, parents=[common])
-        added.set_defaults(verb=function)
+        added.set_defaults(verb=function, name=name)
         return added
 
     one = verb("apply", _apply, "make a patched tree of a release, or patch a git checkout on a new branch")
@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--without", action="append", default=[], metavar="PART", help="give up a part: 0001-native")
     one = verb("uninstall", _uninstall, "put back every byte that install changed")
     one.add_argument("--site", type=Path, help="the site folder or environment (default: the current environment)")
+    _dist_options(verb("dist", _dist, "release assets for packagers: quilt, RPM, Nix, conda, Spack, AUR, Dockerfiles"))
     one = verb("verify", _verify, "which of the five an installed package, wheel, sdist or source tree has")
     one.add_argument("path", type=Path, nargs="?", help="default: the current environment")
     one.add_argument("--without", action="append", default=[], metavar="PART", help="accept that a part is left out")
@@ -125,6 +126,23 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tree", type=Path, help="default: build/src/vllm-PIN")
     verb("record", _record, "write HEAD and the touched files' blobs of every pin to releases.toml")
     return parser
+
+
+def _dist_options(one: argparse.ArgumentParser) -> None:
+    which = one.add_mutually_exclusive_group()
+    which.add_argument("--pin", action="append", help="only this release (repeatable)")
+    which.add_argument("--all", action="store_true", help="every release with a series (the default)")
+    one.add_argument("--fixes", default="", metavar="LIST", help="only these, such as '0003 0005' (default: all)")
+    one.add_argument("--channel", action="append", default=[], help="only this one (repeatable; a wrong one lists all)")
+    one.add_argument("--with-series", type=Path, metavar="DIR", help="a quilt series of your own to go along")
+    where = one.add_mutually_exclusive_group()
+    where.add_argument("--above", action="store_true", help="yours after ours (the default)")
+    where.add_argument("--below", action="store_true", help="yours before ours")
+    one.add_argument("--proof", type=Path, metavar="FILE", help="what make prove JSON=1 printed; without it no VEX")
+    one.add_argument("--base-url", default="", metavar="URL", help="where the folder made here will be found")
+    one.add_argument("--sdist-url", default="", metavar="URL", help="the sdist's address, with {version} in it")
+    one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
+    one.add_argument("--out", type=Path, default=Path("dist"), help="where the folder is made (default: %(default)s)")
 
 
 def _add_source_options(one: argparse.ArgumentParser) -> None:
@@ -223,7 +241,7 @@ def _need_one_pin(options: argparse.Namespace) -> None:
             file=str(options.sdist),
             expected="one --pin",
             found=str(options.pin or "none"),
-            next_command=f"vllm-patches check --pin {DEFAULT_PIN} --sdist {options.sdist}",
+            next_command=f"vllm-patches {options.name} --pin {DEFAULT_PIN} --sdist {options.sdist}",
         )
 
 
@@ -280,6 +298,41 @@ def _uninstall(catalog: Catalog, options: argparse.Namespace) -> int:
     result = uninstall(options.site, say)
     _print(options, result, render.installed_text(result))
     return 0
+
+
+def _dist(catalog: Catalog, options: argparse.Namespace) -> int:
+    from vllm_patches.dist.compose import Wish
+    from vllm_patches.dist.links import Links
+    from vllm_patches.dist.make import Order, make_dist
+    from vllm_patches.dist.proofs import read_proofs
+    from vllm_patches.dist.stacking import Position, read_third
+
+    _need_one_pin(options)
+    third = read_third(options.with_series) if options.with_series else None
+    _need_series_for_position(options)
+    fixes = tuple(dict.fromkeys(options.fixes.replace(",", " ").split()))
+    order = Order(
+        wish=Wish(fixes, third, Position.BELOW if options.below else Position.ABOVE),
+        channels=tuple(dict.fromkeys(options.channel)),
+        links=Links(options.base_url, options.sdist_url),
+        proofs=read_proofs(options.proof) if options.proof else None,
+        all_releases=not options.pin,
+    )
+    releases = [catalog.release(pin) for pin in dict.fromkeys(options.pin or [])] or list(catalog.pins)
+    made = make_dist(catalog, releases, _finder(options.sdist), options.out, order, say)
+    _print(options, made, render.dist_text(made))
+    return 0
+
+
+def _need_series_for_position(options: argparse.Namespace) -> None:
+    """A position without a series would be passed over in silence."""
+    if options.with_series is None and (options.above or options.below):
+        raise PatchesError(
+            "--above and --below say where the series of --with-series goes",
+            expected="--with-series DIR",
+            found="none",
+            next_command="vllm-patches dist --with-series DIR --below",
+        )
 
 
 def _verify(catalog: Catalog, options: argparse.Namespace) -> int:

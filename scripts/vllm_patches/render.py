@@ -18,6 +18,7 @@ from vllm_patches.treecheck import Fit, TreeReport
 from vllm_patches.verify import FixStatus, Verified
 
 if TYPE_CHECKING:
+    from vllm_patches.dist.make import Dist
     from vllm_patches.newpin import NewPin
     from vllm_patches.sourcebuild import SourceBuilt
     from vllm_patches.watch import WatchReport
@@ -148,6 +149,17 @@ def watch_text(report: WatchReport) -> str:
                 lines.append(f"  error: {fix.contradiction}")
     lines += [f"\nerror: releases.toml does not know {v}\n  next:     make new-pin VERSION={v}" for v in report.unknown]
     return "\n".join(lines)
+
+
+def dist_text(made: Dist) -> str:
+    """`dist`: what was made, which patches were refreshed, and what scanners are not told."""
+    rows = [["release", "version", "patches", "refreshed", "statements"]]
+    for one in made.releases:
+        rows.append([one.release, one.version, str(len(one.patches)), str(len(one.refreshed)), str(len(one.stated))])
+    reasons = dict.fromkeys(why for one in made.releases for why in one.withheld.values())
+    notes = [f"no statement for scanners: {why}" for why in reasons]
+    sums = [f"{made.tar_sha256}  {made.tar}", f"{made.gz_sha256}  {made.gz}"]
+    return "\n".join([table(rows), "", *notes, *sums, f"{made.files} files in {made.folder}"])
 
 
 def new_pin_text(added: NewPin) -> str:

@@ -214,7 +214,10 @@ def main() -> int:
     chosen = [fix for fix in catalog.fixes.values() if fix.id in (options.fix or catalog.fixes)]
     proofs = [prove(catalog, fix, catalog.release(version)) for version in versions for fix in chosen]
     if options.json:
-        print(json.dumps([asdict(p) | {"complaints": p.complaints} for p in proofs], indent=1))
+        heads = {version: catalog.release(version).head for version in versions}  # which series it was
+        print(
+            json.dumps([asdict(p) | {"head": heads[p.release], "complaints": p.complaints} for p in proofs], indent=1)
+        )
     else:
         print(_table(proofs))
         print("\n".join(f"{p.fix} on {p.release}: {text}" for p in proofs for text in p.complaints))

@@ -19,6 +19,7 @@ from installs import KERNEL, make_catalog, make_wheel, patched, put_in, sources
 from plainvenv import ROOT, make_environment, pip, project_copy, run, site_of
 from vllm_patches import api, catalog, cli
 from wheelworld import make_world
+from world import World
 
 
 def project_with_catalog(folder: Path) -> Path:
@@ -85,6 +86,19 @@ def test_the_installed_command_has_its_own_catalogue(environment: Path) -> None:
     assert Path(folder).is_relative_to(environment) and pins == "2"
 
 
+def test_the_installed_command_makes_dist(environment: Path, world: World) -> None:
+    """Its script's template and the licences are in the package; the fake sdist has no CMake files to read."""
+    command = [environment / "bin" / "vllm-patches", "dist", "--pin", "0.20.2", "--sdist", world.sdist()]
+    command += ["--channel", "dockerfile", "--out", world.root / "out"]
+    env = {key: value for key, value in world.env.items() if key != "PYTHONPATH"}
+    done = subprocess.run([*map(str, command)], cwd=world.root, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (made,) = (world.root / "out").iterdir()
+    assert (made / "NOTICE").read_bytes() == (ROOT / "NOTICE").read_bytes()
+    assert (made / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert (made / "0.20.2" / "vllm-0.20.2-patches.sh").read_text(encoding="utf-8").startswith("#!/bin/sh")
+
+
 def test_archives_have_the_same_bytes_everywhere(tmp_path: Path) -> None:
     hashes = []
     for number, (mode, stamp) in enumerate(((0o644, 10**9), (0o600, 1.5 * 10**9))):
@@ -105,8 +119,8 @@ def test_archives_have_the_same_bytes_everywhere(tmp_path: Path) -> None:
         shipped = {name.partition("/")[2].removeprefix("patches/") for name in sdist.getnames()}
     tables = {path.relative_to(ROOT / "patches").as_posix() for path in (ROOT / "patches").glob("*.toml")}
     assert tables <= packed and tables <= shipped
-    texts = {path.name for path in (ROOT / "scripts" / "vllm_patches").iterdir() if path.is_file()}
-    assert texts <= packed and texts <= {Path(name).name for name in shipped}
+    texts = {path.name for path in (ROOT / "scripts" / "vllm_patches").rglob("*.*") if path.suffix in (".py", ".txt")}
+    assert texts <= {Path(name).name for name in packed} and texts <= {Path(name).name for name in shipped}
     assert "v0.20.2/series" in packed and "v0.20.2/series" in shipped
 
 
@@ -127,7 +141,7 @@ def test_the_api_has_the_verbs_and_imports_nothing_early() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     told = subprocess.run([sys.executable, "-c", loaded], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "['vllm_patches', 'vllm_patches.errors', 'vllm_patches.api']"
-    for name in ("apply", "build", "check", "install", "uninstall", "verify"):
+    for name in ("apply", "build", "check", "dist", "install", "uninstall", "verify"):
         assert callable(getattr(api, name)) and name in cli._parser().format_help()
 
 
