@@ -435,7 +435,7 @@ def benches(code: Code, shared: Path) -> Iterator[Bench]:
 
 def child(job: Mapping[str, Any]) -> None:
     """Time everything in this process, writing the result anew after each row."""
-    from child import stand_in_for_compiled
+    from gpu_child import stand_in_for_compiled
 
     code = Code(Path(job["stock"]), Path(job["patched"]), Path(job["later"]) if job["later"] else None)
     stand_in_for_compiled(code.stock)

@@ -107,7 +107,7 @@ def run_side(run: Run, case: Case, side: Side) -> SideResult:
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
     log, result = scratch / "log.txt", scratch / "result.json"
     env = environment(run.folder(side), run.work, run.options.site)
-    command = [run.options.python, str(HERE / "child.py"), str(scratch / "job.json"), str(result)]
+    command = [run.options.python, str(HERE / "gpu_child.py"), str(scratch / "job.json"), str(result)]
     started = time.monotonic()
     with log.open("wb") as out:
         child = subprocess.Popen(command, cwd=scratch, env=env, stdout=out, stderr=out, start_new_session=True)

@@ -286,13 +286,13 @@ def test_bench_changes_text_in_one_place_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_modules_that_a_tree_lacks_are_stood_in_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import child
+    import gpu_child
 
     present = tree(tmp_path / "t") / "vllm"
     (present / "_C.abi3.so").write_bytes(b"")
     before = dict(sys.modules)
     try:
-        child.stand_in_for_compiled(present.parent)
+        gpu_child.stand_in_for_compiled(present.parent)
         new: dict[str, ModuleType] = {name: sys.modules[name] for name in sys.modules.keys() - before.keys()}
     finally:
         sys.modules.clear()

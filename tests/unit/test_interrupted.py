@@ -186,8 +186,17 @@ def test_a_checkout_killed_while_git_makes_the_commits(world: World, how: str) -
     base, before = world.head(source), snapshot(source, skip=(".git",))
     assert world.run("apply", "--src", source, env=_saboteur(world, at, how)).status == -signal.SIGKILL
     assert snapshot(source, skip=(".git",)) == before
+    _wait_for_the_orphan(source)
     assert world.run("apply", "--src", source).status == 0
     assert_patched(source, base)
+
+
+def _wait_for_the_orphan(source: Path) -> None:
+    """Until the git that outlived its caller has made its ref; killed before it had its input, it makes none."""
+    for _ in range(40):
+        if plain_git(source, "for-each-ref", "refs/vllm-patches"):
+            return
+        time.sleep(0.05)
 
 
 def test_a_checkout_killed_at_any_moment(world: World) -> None:

@@ -1,6 +1,6 @@
 """Run one case on one side in this process and write what came of it.
 
-    python tests/gpu/child.py JOB.json RESULT.json
+    python tests/gpu/gpu_child.py JOB.json RESULT.json
 
 The result file is there only if the case came to an end: a process that is killed leaves none, and the runner says how
 it ended. The process leaves by os._exit, because a CUDA context in error can hang an ordinary exit.
