@@ -4,7 +4,7 @@ A problem is a start quantity, one to three events and a way of asking. The test
 split in two ways, and every test question in both:
 
 - numbers: those in `HELD_OUT_NUMBERS` are given in no training question (they occur there as results only);
-- compositions: the neighbours in `HELD_OUT_PAIRS` follow each other in no training question.
+- compositions: `held_out` picks a quarter of all compositions of three and more steps; no training question has one.
 
 The text is ours and under this project's licence; nothing is taken from gsm8k itself.
 """
@@ -12,24 +12,12 @@ The text is ours and under this project's licence; nothing is taken from gsm8k i
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-HELD_OUT_NUMBERS = frozenset(range(30, 40)) | frozenset(range(60, 70))
-HELD_OUT_PAIRS = frozenset(
-    {
-        ("get", "double"),
-        ("lose", "packs"),
-        ("packs", "half"),
-        ("double", "lose"),
-        ("triple", "get"),
-        ("half", "triple"),
-        ("lose", "share"),
-        ("get", "price"),
-        ("packs", "together"),
-        ("double", "plain"),
-    }
-)
+# Ranges within a decade: every digit is seen in training at either place, but not these numbers.
+HELD_OUT_NUMBERS = frozenset((*range(34, 38), *range(53, 57), *range(72, 76)))
 EVENTS = ("get", "lose", "packs", "double", "triple", "half")
 ASKS = ("plain", "share", "price", "together")
 LARGEST = 199  # of any running quantity
@@ -62,18 +50,18 @@ class Problem:
         """What follows ``####``."""
         return self.answer.rpartition("#### ")[2]
 
-    @property
-    def pairs(self) -> frozenset[tuple[str, str]]:
-        """Each step with the one after it."""
-        return frozenset(zip(self.steps, self.steps[1:], strict=False))
+
+def held_out(steps: Sequence[str]) -> bool:
+    """Whether this composition is kept for the test split; the choice is arbitrary but fixed."""
+    return len(steps) > 2 and zlib.crc32(" ".join(steps).encode()) % 4 == 0
 
 
 class _Story:
     """A problem while it is told: the running quantity, the sentences, the steps of the answer."""
 
-    def __init__(self, rng: random.Random, held_out: bool) -> None:
+    def __init__(self, rng: random.Random, any_number: bool) -> None:
         self.rng = rng
-        self.held_out = held_out
+        self.any_number = any_number
         self.name, self.friend = rng.sample(NAMES, 2)
         self.thing = rng.choice(OBJECTS)
         self.given: list[int] = []
@@ -83,7 +71,7 @@ class _Story:
 
     def number(self, low: int, high: int) -> int:
         """A given number; in training never one of those held out."""
-        allowed = [n for n in range(low, high + 1) if self.held_out or n not in HELD_OUT_NUMBERS]
+        allowed = [n for n in range(low, high + 1) if self.any_number or n not in HELD_OUT_NUMBERS]
         if not allowed:
             raise Impossible
         drawn = self.rng.choice(allowed)
@@ -197,9 +185,11 @@ _TELL: dict[str, Callable[[_Story], None]] = {
 }
 
 
-def _draw(rng: random.Random, held_out: bool) -> Problem:
+def _draw(rng: random.Random, test: bool) -> Problem:
     steps = (*rng.choices(EVENTS, k=rng.randint(1, 3)), rng.choice(ASKS))
-    story = _Story(rng, held_out)
+    if held_out(steps) != test:
+        raise Impossible
+    story = _Story(rng, test)
     story.say(
         "{n} has {a} {o}.", "{n} brings {a} {o} to the {p}.", "There are {a} {o} in {n}'s bag.", a=story.quantity
     )
@@ -208,12 +198,6 @@ def _draw(rng: random.Random, held_out: bool) -> Problem:
     last = story.worked[-1].rpartition(">>")[2].split(" ", 1)[0]
     answer = "\n".join([*story.worked, f"#### {last}"])
     return Problem(" ".join(story.told), answer, steps, tuple(story.given))
-
-
-def _belongs(problem: Problem, held_out: bool) -> bool:
-    if held_out:
-        return bool(problem.pairs & HELD_OUT_PAIRS) and not HELD_OUT_NUMBERS.isdisjoint(problem.given)
-    return not problem.pairs & HELD_OUT_PAIRS
 
 
 def generate(split: str, count: int, seed: int = 0) -> Iterator[Problem]:
@@ -227,6 +211,7 @@ def generate(split: str, count: int, seed: int = 0) -> Iterator[Problem]:
             problem = _draw(rng, split == "test")
         except Impossible:
             continue
-        if problem.question not in seen and _belongs(problem, split == "test"):
+        unseen_number = not HELD_OUT_NUMBERS.isdisjoint(problem.given)
+        if problem.question not in seen and unseen_number == (split == "test"):
             seen.add(problem.question)
             yield problem
