@@ -1,4 +1,4 @@
-"""`python -m gsm8k`: run gsm8k on stock and patched vLLM and compare; `python -m gsm8k data` writes the offline task."""
+"""`python -m gsm8k run`: gsm8k on stock and on patched vLLM, compared; `python -m gsm8k data`: the offline task."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_patches import git
+
 from gsm8k.fixture import MODELS, write_data
 from gsm8k.report import ModeReport, as_json, plot, report_mode, table
 from gsm8k.runs import Job, Mode, run_side
 from gsm8k.scenario import Scenario, scenario_of
 from gsm8k.sides import ROOT, RunError, Side, describe, fixes_of, patched_copy, side_of
 from gsm8k.stats import enough
-from vllm_patches import git
 
 NO_VLLM = {"vllm": "not in this run"}
 

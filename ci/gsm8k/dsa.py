@@ -5,7 +5,7 @@ The library's code has no MTP layer and never trains the indexer, so:
 - the model is trained as DeepSeek-V3, whose attention is the same while a context has fewer tokens than `index_topk`:
   then the indexer selects every one of them, whatever its weights are;
 - the MTP layer is one more decoder layer of the same kind behind DeepSeek's two norms and projection, with a loss of
-  its own, fed as vLLM feeds it: final-normed state of token t, embedding of token t+1 (zeros at position 0), position t;
+  its own, fed as vLLM feeds it: normed state of token t, embedding of token t+1 (zeros at position 0), position t;
 - both get their names in DeepSeek-V3.2's checkpoints, the indexer with its initial, random weights.
 """
 
@@ -40,7 +40,9 @@ class MtpLayer(nn.Module):
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=config.initializer_range)
 
-    def loss(self, model: PreTrainedModel, hidden: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    def loss(
+        self, model: PreTrainedModel, hidden: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor
+    ) -> torch.Tensor:
         """Cross-entropy of ids[t + 2] from *hidden* (B, L, H), of ids[:, :L]; *counted* (B, L) is of ids[:, 1:]."""
         after = model.get_input_embeddings()(ids[:, 1:-1])
         place = torch.arange(after.shape[1], device=ids.device)[None]

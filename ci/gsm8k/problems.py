@@ -22,13 +22,17 @@ EVENTS = ("get", "lose", "packs", "double", "triple", "half")
 ASKS = ("plain", "share", "price", "together")
 LARGEST = 199  # of any running quantity
 
-NAMES = (
-    "Ada Ben Cora Dan Elsa Finn Gina Hugo Ines Jack Kira Liam Mona Nils Olga Paul Rosa Sven Tara Udo Vera Will Yara Zoe"
-).split()
-OBJECTS = (
-    "apples books cards coins cups eggs flags hats jars keys kites lamps maps marbles masks mugs nuts pears pens pins "
-    "plums ropes shells stamps stones tiles toys"
-).split()
+# fmt: off
+NAMES = [
+    "Ada", "Ben", "Cora", "Dan", "Elsa", "Finn", "Gina", "Hugo", "Ines", "Jack", "Kira", "Liam", "Mona", "Nils",
+    "Olga", "Paul", "Rosa", "Sven", "Tara", "Udo", "Vera", "Will", "Yara", "Zoe",
+]
+OBJECTS = [
+    "apples", "books", "cards", "coins", "cups", "eggs", "flags", "hats", "jars", "keys", "kites", "lamps", "maps",
+    "marbles", "masks", "mugs", "nuts", "pears", "pens", "pins", "plums", "ropes", "shells", "stamps", "stones",
+    "tiles", "toys",
+]
+# fmt: on
 PLACES = ("market", "school", "park", "beach", "library", "garden", "fair", "station")
 
 
@@ -190,9 +194,7 @@ def _draw(rng: random.Random, test: bool) -> Problem:
     if held_out(steps) != test:
         raise Impossible
     story = _Story(rng, test)
-    story.say(
-        "{n} has {a} {o}.", "{n} brings {a} {o} to the {p}.", "There are {a} {o} in {n}'s bag.", a=story.quantity
-    )
+    story.say("{n} has {a} {o}.", "{n} brings {a} {o} to the {p}.", "There are {a} {o} in {n}'s bag.", a=story.quantity)
     for step in steps:
         _TELL[step](story)
     last = story.worked[-1].rpartition(">>")[2].split(" ", 1)[0]

@@ -15,6 +15,7 @@ from gsm8k.answers import FILTERS, Answer, pair_up, read_answers
 from gsm8k.runs import Job, Mode, Outcome, Ran
 from gsm8k.stats import CONFIDENCE, Comparison, Verdict, compare
 
+COLUMNS = ("question", "filter", "answer", "stock", "patched", "stock_right", "patched_right", "same_text")
 JUDGED_BY = "strict-match"  # the filter whose verdict is the run's
 
 
@@ -53,7 +54,7 @@ def write_pairs(file: Path, pairs: dict[str, list[tuple[Answer, Answer]]]) -> No
     are the same."""
     with file.open("w", encoding="utf-8", newline="") as opened:
         table = csv.writer(opened, delimiter="\t", lineterminator="\n")
-        table.writerow(["question", "filter", "answer", "stock", "patched", "stock_right", "patched_right", "same_text"])
+        table.writerow(COLUMNS)
         for name, found in pairs.items():
             for a, b in found:
                 marks = (int(a.right), int(b.right), int(a.text == b.text))
@@ -147,7 +148,7 @@ def _metric_lines(metric: str, found: Comparison) -> list[str]:
     return [
         f"  {metric}: {'; '.join(said)}",
         f"    difference {found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}], right on one side only: "
-        f"stock {found.only_stock}, patched {found.only_patched}, McNemar p = {found.p_value:.4g}: {found.verdict.value}",
+        f"stock {found.only_stock}, patched {found.only_patched}; McNemar p {found.p_value:.4g}: {found.verdict.value}",
     ]
 
 
@@ -164,7 +165,8 @@ def plot(modes: Iterable[ModeReport], margin: float, title: str, file: Path) -> 
     for place, (report, _, found) in enumerate(rows):
         for shift, side, colour in ((-0.12, "stock", "tab:gray"), (0.12, "patched", "tab:blue")):
             if found is None:
-                left.text(0.5, place + shift, f"{side}: {getattr(report, side).outcome.value}", color=colour, va="center")
+                ended = f"{side}: {getattr(report, side).outcome.value}"
+                left.text(0.5, place + shift, ended, color=colour, va="center")
                 continue
             s = getattr(found, side)
             bars = [[s.value - s.low], [s.high - s.value]]

@@ -144,8 +144,8 @@ def request_of(job: Job, mode: Mode, folder: Path) -> dict[str, Any]:
         args = {"pretrained": job.model, "dtype": "float32"}
         return common | {"model": "hf", "model_args": args, "batch_size": 16, "device": "cpu"}
     sleeping = job.scenario.sleep_every
-    naps = {"sleep_every": sleeping, "sleep_level": job.scenario.sleep_level} if sleeping else {}
-    args = {"pretrained": job.model, **_engine(job), **naps}
+    naps: dict[str, Any] = {"sleep_every": sleeping, "sleep_level": job.scenario.sleep_level} if sleeping else {}
+    args = {"pretrained": job.model} | _engine(job) | naps
     return common | {"model": "vllm-sleep" if sleeping else "vllm", "model_args": args, "batch_size": "auto"}
 
 

@@ -28,7 +28,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(command: Sequence[str], env: dict[str, str], port: int, log: Path, patience: float) -> Iterator[str]:
-    """Start *command*, wait up to *patience* seconds until it is healthy, give its address, end it with its children."""
+    """Start *command*, wait up to *patience* seconds until it is healthy, give its address, end it."""
     with log.open("wb") as written:
         process = subprocess.Popen(command, env=env, stdout=written, stderr=subprocess.STDOUT, start_new_session=True)
     address = f"http://127.0.0.1:{port}"

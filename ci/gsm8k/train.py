@@ -106,9 +106,7 @@ def _optimizer(parameters: list[torch.nn.Parameter], plan: Plan) -> torch.optim.
     return torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), fused=parameters[0].is_cuda)
 
 
-def fit(
-    model: PreTrainedModel, mtp: MtpLayer | None, stream: Stream, plan: Plan, say_every: int = 100
-) -> list[float]:
+def fit(model: PreTrainedModel, mtp: MtpLayer | None, stream: Stream, plan: Plan, say_every: int = 100) -> list[float]:
     """Train in place; the losses, one per *say_every* steps. At `PROBE` steps the rest is cut to the plan's seconds."""
     parameters = [*model.parameters(), *(mtp.parameters() if mtp else ())]
     optimizer = _optimizer(parameters, plan)
