@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,9 @@ def _write(
 
 
 def _commit() -> str:
-    """The commit of this checkout, for the report; empty outside one."""
-    return git.rev_parse(ROOT, "HEAD") or "" if (ROOT / ".git").exists() else ""
+    """The commit of this checkout, for the report; a copy without .git may be told it (GSM8K_COMMIT)."""
+    found = git.rev_parse(ROOT, "HEAD") if (ROOT / ".git").exists() else None
+    return found or os.environ.get("GSM8K_COMMIT", "")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +17,9 @@ from typing import Any
 from gsm8k.scenario import Scenario
 from gsm8k.server import ServerError, free_port, nap, serving
 from gsm8k.sides import RunError, Side
+
+
+SERVER_THEN = "server-then.log"  # the server's log as it was when lm-eval ended
 
 
 class Mode(Enum):
@@ -105,10 +109,9 @@ def _judge(job: Job, side: Side, problem: str, ran: Ran) -> Ran:
         return ran
     if problem == "hung":
         return Ran(Outcome.HUNG, ran.seconds, ran.command, ran.folder, f"no end within {job.time_limit:.0f} s")
-    logs = [ran.folder / name for name in ("server.log", "lm-eval.log")]
+    logs = [ran.folder / name for name in (SERVER_THEN, "lm-eval.log")]
     for log in logs:
-        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-        if sign := job.scenario.crashed(text):
+        if log.is_file() and (sign := job.scenario.crashed(log.read_text(encoding="utf-8", errors="replace"))):
             return Ran(Outcome.CRASHED, ran.seconds, ran.command, ran.folder, sign)
     if problem.startswith("killed by signal"):
         return Ran(Outcome.CRASHED, ran.seconds, ran.command, ran.folder, problem)
@@ -132,9 +135,15 @@ def _served(job: Job, side: Side, mode: Mode, folder: Path) -> tuple[tuple[str, 
             request = request_of(job, mode, folder) | {"model": "local-completions", "batch_size": 1}
             request["model_args"] = _client_args(job, address)
             _, problem = _lm_eval(job, side, folder, request)
+            _keep_log(folder)  # what the server says while it is being ended is no sign of anything
     except ServerError as error:
+        _keep_log(folder)
         return command, str(error)
     return command, problem
+
+
+def _keep_log(folder: Path) -> None:
+    shutil.copyfile(folder / "server.log", folder / SERVER_THEN)
 
 
 def request_of(job: Job, mode: Mode, folder: Path) -> dict[str, Any]:
