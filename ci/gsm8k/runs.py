@@ -18,7 +18,6 @@ from gsm8k.scenario import Scenario
 from gsm8k.server import ServerError, free_port, nap, serving
 from gsm8k.sides import RunError, Side
 
-
 SERVER_THEN = "server-then.log"  # the server's log as it was when lm-eval ended
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stands in for a side's interpreter: takes the harness's command lines, and behaves as `behaviour.json` beside it says.
+"""Stands in for a side's interpreter: takes the harness's commands, and behaves as `behaviour.json` beside it says.
 
 As lm-eval it writes samples in lm-eval's layout; as vLLM's server it is a real HTTP server. What it says when it
 crashes are lines of real logs of vLLM.
