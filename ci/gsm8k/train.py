@@ -136,7 +136,6 @@ def _wait(parameters: list[torch.nn.Parameter]) -> None:
         torch.cuda.synchronize()
 
 
-@torch.no_grad()
 def teacher_forced(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
     """The share of *problems* whose whole answer, up to the next question, is the model's greedy choice.
 
@@ -151,7 +150,8 @@ def teacher_forced(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, p
         prompt = tokenizer(head + tokens.shot(problem.question)).input_ids
         row = tokenizer(head + tokens.shot(problem.question, problem.answer) + "\n\nQuestion:").input_ids
         ids = torch.tensor([row], device=device)
-        chosen = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1)[0]
+        with torch.no_grad():
+            chosen = model(input_ids=ids[:, :-1], use_cache=False).logits.argmax(-1)[0]
         right += bool((chosen[len(prompt) - 1 :] == ids[0, len(prompt) :]).all())
     return right / len(problems)
 
