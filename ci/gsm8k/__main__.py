@@ -6,12 +6,14 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vllm_patches import git
 
 from gsm8k.fixture import MODELS, write_data
+from gsm8k.record import last_day, record
 from gsm8k.report import ModeReport, as_json, plot, report_mode, table
 from gsm8k.runs import Job, Mode, run_side
 from gsm8k.scenario import Scenario, scenario_of
@@ -28,6 +30,9 @@ def main() -> int:
         if options.verb == "data":
             write_data()
             return 0
+        if options.verb == "record":
+            print("\n".join(map(str, record(options.out.resolve(), options.name, options.note))))
+            return 0
         return _run(options)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -38,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gsm8k", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("data", help="write the offline task's questions, from their seed")
+    keep = verbs.add_parser("record", help="write a run's results to ci/results")
+    keep.add_argument("out", type=Path, help="the run's folder")
+    keep.add_argument("--name", required=True, help="the end of the files' name")
+    keep.add_argument("--note", default="", help="what a reader has to know about the sides or the machine")
     run = verbs.add_parser("run", help="stock and patched, the same questions")
     run.add_argument("--model", default="", help="a model's name or folder, or fixture:NAME; default: the scenario's")
     run.add_argument("--scenario", default="", help="a name or a fix of ci/scenarios.toml")
@@ -133,8 +142,9 @@ def _write(
         "sides": {side.name: fixes for side, fixes in sides},
         "machine": describe(sides[0][0]),
         "commit": _commit(),
+        "date": last_day(out),
     }
-    said = as_json(job, options.margin, reports, about, hidden)
+    said = as_json(asdict(job), options.margin, reports, about, hidden)
     (out / "report.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     title = f"{Path(job.model).name}, {job.scenario.name}"
     plot(reports, options.margin, title, out / "report.svg")

@@ -6,14 +6,14 @@ import csv
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from gsm8k.answers import FILTERS, Answer, pair_up, read_answers
-from gsm8k.runs import Job, Mode, Outcome, Ran
-from gsm8k.stats import CONFIDENCE, Comparison, Verdict, compare
+from gsm8k.runs import Mode, Outcome, Ran
+from gsm8k.stats import CONFIDENCE, Comparison, Share, Verdict, compare, share
 
 COLUMNS = ("question", "filter", "answer", "stock", "patched", "stock_right", "patched_right", "same_text")
 JUDGED_BY = "strict-match"  # the filter whose verdict is the run's
@@ -29,18 +29,26 @@ class ModeReport:
     metrics: dict[str, Comparison]
     identical: int  # questions with the same text of the answer
     verdict: Verdict
+    alone: dict[str, dict[str, Share]] = field(default_factory=dict)  # of the side that finished, where one crashed
 
 
 def report_mode(mode: Mode, stock: Ran, patched: Ran, margin: float, out: Path) -> ModeReport:
     """Compare both sides, and write the table of pairs."""
     if (crashed := _crashed(stock, patched)) is not None:
-        return ModeReport(mode, stock, patched, {}, 0, crashed)
+        finished = {ran.folder.name: _shares(ran) for ran in (stock, patched) if ran.outcome is Outcome.FINISHED}
+        return ModeReport(mode, stock, patched, {}, 0, crashed, finished)
     answers = read_answers(stock.folder), read_answers(patched.folder)
     pairs = {name: pair_up(answers[0][name], answers[1][name]) for name in FILTERS}
     write_pairs(out / f"pairs-{mode.value}.tsv", pairs)
     metrics = {name: compare(((a.right, b.right) for a, b in found), margin) for name, found in pairs.items()}
     identical = sum(a.text == b.text for a, b in pairs[JUDGED_BY])
     return ModeReport(mode, stock, patched, metrics, identical, metrics[JUDGED_BY].verdict)
+
+
+def _shares(ran: Ran) -> dict[str, Share]:
+    """The accuracy of one side by itself, by filter."""
+    answers = read_answers(ran.folder)
+    return {name: share(sum(a.right for a in found.values()), len(found)) for name, found in answers.items()}
 
 
 def _crashed(stock: Ran, patched: Ran) -> Verdict | None:
@@ -62,7 +70,7 @@ def write_pairs(file: Path, pairs: dict[str, list[tuple[Answer, Answer]]]) -> No
 
 
 def as_json(
-    job: Job, margin: float, modes: Iterable[ModeReport], about: dict[str, Any], hidden: dict[str, str]
+    job: dict[str, Any], margin: float, modes: Iterable[ModeReport], about: dict[str, Any], hidden: dict[str, str]
 ) -> dict[str, Any]:
     """The whole report; *hidden* maps paths of this machine to the names that stand for them."""
     said = {
@@ -71,7 +79,7 @@ def as_json(
         "margin": margin,
         "confidence": CONFIDENCE,
         "intervals": "Wilson (accuracy), Tango's score interval (paired difference); exact McNemar",
-        "job": _plain(asdict(job)),
+        "job": job,
         **about,
         "modes": {report.mode.value: _mode(report) for report in modes},
     }
@@ -85,6 +93,7 @@ def _mode(report: ModeReport) -> dict[str, Any]:
         "patched": _ran(report.patched),
         "same_text": report.identical,
         "metrics": {name: _comparison(found) for name, found in report.metrics.items()},
+        "alone": {side: {name: _share(s) for name, s in shares.items()} for side, shares in report.alone.items()},
     }
 
 
@@ -95,9 +104,12 @@ def _ran(ran: Ran) -> dict[str, Any]:
 
 def _comparison(found: Comparison) -> dict[str, Any]:
     said = _plain(asdict(found))
-    for side, shares in (("stock", found.stock), ("patched", found.patched)):
-        said[side]["accuracy"] = shares.value
+    said |= {"stock": _share(found.stock), "patched": _share(found.patched)}
     return _rounded(said)  # type: ignore[no-any-return]
+
+
+def _share(found: Share) -> dict[str, Any]:
+    return _rounded(asdict(found) | {"accuracy": found.value})  # type: ignore[no-any-return]
 
 
 def _plain(value: Any) -> Any:
@@ -131,6 +143,8 @@ def table(modes: Iterable[ModeReport], margin: float) -> str:
             lines.append(f"  {name:<8} {ran.outcome.value} in {ran.seconds:.0f} s{kept}{_sign(ran)}")
         for metric, found in report.metrics.items():
             lines += _metric_lines(metric, found)
+        for side, shares in report.alone.items():
+            lines += [f"  {metric}: {side} {_told(found)}" for metric, found in shares.items()]
         if report.metrics:
             lines.append(f"  {report.identical} of {found.stock.count} answers have the same text")
     return "\n".join(lines)
@@ -141,15 +155,15 @@ def _sign(ran: Ran) -> str:
 
 
 def _metric_lines(metric: str, found: Comparison) -> list[str]:
-    said = [
-        f"{name} {s.right}/{s.count} = {s.value:.4f} [{s.low:.4f}, {s.high:.4f}]"
-        for name, s in (("stock", found.stock), ("patched", found.patched))
-    ]
     return [
-        f"  {metric}: {'; '.join(said)}",
+        f"  {metric}: stock {_told(found.stock)}; patched {_told(found.patched)}",
         f"    difference {found.difference:+.4f} [{found.low:+.4f}, {found.high:+.4f}], right on one side only: "
         f"stock {found.only_stock}, patched {found.only_patched}; McNemar p {found.p_value:.4g}: {found.verdict.value}",
     ]
+
+
+def _told(found: Share) -> str:
+    return f"{found.right}/{found.count} = {found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
 
 def plot(modes: Iterable[ModeReport], margin: float, title: str, file: Path) -> None:
@@ -162,13 +176,13 @@ def plot(modes: Iterable[ModeReport], margin: float, title: str, file: Path) -> 
 
     rows = [(r, name, r.metrics.get(name)) for r in modes for name in FILTERS]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 1.2 + 0.55 * len(rows)), sharey=True)
-    for place, (report, _, found) in enumerate(rows):
+    for place, (report, name, found) in enumerate(rows):
         for shift, side, colour in ((-0.12, "stock", "tab:gray"), (0.12, "patched", "tab:blue")):
-            if found is None:
+            s = getattr(found, side) if found is not None else report.alone.get(side, {}).get(name)
+            if s is None:
                 ended = f"{side}: {getattr(report, side).outcome.value}"
                 left.text(0.5, place + shift, ended, color=colour, va="center")
                 continue
-            s = getattr(found, side)
             bars = [[s.value - s.low], [s.high - s.value]]
             left.errorbar(s.value, place + shift, xerr=bars, fmt="o", color=colour, label=side, capsize=3)
         if found is not None:

@@ -89,9 +89,22 @@ def _kept(folder: Path, key: str) -> Ran | None:
     """The finished run in *folder*; a killed one has written no side.json and is run again."""
     file = folder / "side.json"
     said: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if said.get("key") != key:
-        return None
+    return read_run(folder) if said.get("key") == key else None
+
+
+def read_run(folder: Path) -> Ran:
+    """The finished run in *folder*, whatever it was run for."""
+    said = json.loads((folder / "side.json").read_text(encoding="utf-8"))
     return Ran(Outcome(said["outcome"]), said["seconds"], tuple(said["command"]), folder, said["sign"], kept=True)
+
+
+def crash_sign(scenario: Scenario, folder: Path) -> str:
+    """The line of a run's logs that shows a crash; empty where there is none."""
+    for name in (SERVER_THEN, "lm-eval.log"):
+        log = folder / name
+        if log.is_file() and (sign := scenario.crashed(log.read_text(encoding="utf-8", errors="replace"))):
+            return sign
+    return ""
 
 
 def _unused(folder: Path) -> Path:
@@ -108,15 +121,12 @@ def _judge(job: Job, side: Side, problem: str, ran: Ran) -> Ran:
         return ran
     if problem == "hung":
         return Ran(Outcome.HUNG, ran.seconds, ran.command, ran.folder, f"no end within {job.time_limit:.0f} s")
-    logs = [ran.folder / name for name in (SERVER_THEN, "lm-eval.log")]
-    for log in logs:
-        if log.is_file() and (sign := job.scenario.crashed(log.read_text(encoding="utf-8", errors="replace"))):
-            return Ran(Outcome.CRASHED, ran.seconds, ran.command, ran.folder, sign)
+    if sign := crash_sign(job.scenario, ran.folder):
+        return Ran(Outcome.CRASHED, ran.seconds, ran.command, ran.folder, sign)
     if problem.startswith("killed by signal"):
         return Ran(Outcome.CRASHED, ran.seconds, ran.command, ran.folder, problem)
-    raise RunError(
-        f"{side.name}: {problem}, and no sign of a crashed engine in the log\n  next:     tail -n 40 {logs[1]}"
-    )
+    look = f"tail -n 40 {ran.folder}/lm-eval.log"
+    raise RunError(f"{side.name}: {problem}, and no sign of a crashed engine in the log\n  next:     {look}")
 
 
 def _inside(job: Job, side: Side, mode: Mode, folder: Path) -> tuple[tuple[str, ...], str]:

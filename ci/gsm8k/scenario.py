@@ -12,11 +12,10 @@ from gsm8k.sides import CODE, RunError
 
 FILE = CODE / "scenarios.toml"
 
-# How a broken engine ends, whatever broke it. Anything else that fails a run is a mistake in the run, not a result.
-CRASHES = re.compile(
-    r"illegal memory access|CUDA error|HIP error|device-side assert|EngineDeadError|EngineCore encountered"
-    r"|Fatal Python error|Segmentation fault|Assertion error \("
-)
+# How a broken engine ends, whatever broke it: the cause where the log has it, else that it ended. Anything else that
+# fails a run is a mistake in the run, not a result.
+CAUSES = re.compile(r"illegal memory access|CUDA error|HIP error|device-side assert|Assertion error \(")
+ENDS = re.compile(r"EngineDeadError|EngineCore encountered|Fatal Python error|Segmentation fault")
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,12 @@ class Scenario:
     crash: str = ""  # a regular expression for the log of stock's crash; empty: stock answers, wrongly or not
 
     def crashed(self, log: str) -> str:
-        """The line of *log* that shows a crash; empty where there is none."""
-        for line in log.splitlines():
-            if CRASHES.search(line) or (self.crash and re.search(self.crash, line)):
-                return line.strip()
+        """The line of *log* that shows a crash, the scenario's own first; empty where there is none."""
+        own = [re.compile(self.crash)] if self.crash else []
+        lines = log.splitlines()
+        for pattern in (*own, CAUSES, ENDS):
+            if found := next((line for line in lines if pattern.search(line)), None):
+                return found.strip()
         return ""
 
 

@@ -57,7 +57,7 @@ def _upstream(named: Mapping[str, str], release: Release, find_sdist: FindSdist)
     cached = {path: cache.load_blob(blob) for path, blob in named.items()}
     found = {path: data for path, data in cached.items() if data is not None}
     if found.keys() != named.keys():
-        found = {path: b"" for path in named} | pick(open_sdist(find_sdist(release), release), named, release)
+        found = dict.fromkeys(named, b"") | pick(open_sdist(find_sdist(release), release), named, release)
         for data in found.values():
             cache.store_blob(data)
     return found

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gsm8k.answers import pair_up, read_answers
+from gsm8k.record import last_day, record
 from gsm8k.report import as_json, plot, report_mode, table
 from gsm8k.runs import Job, Mode, Outcome, Ran, request_of, run_side
 from gsm8k.scenario import PLAIN, Scenario, read_scenarios, scenario_of
@@ -94,6 +95,48 @@ def test_the_server_that_breaks_after_waking_is_a_crash_told_by_its_own_log(tmp_
     said = (patched.folder / "server-then.log").read_text(encoding="utf-8").split()
     assert said[said.index("/sleep?level=1") + 2] == "/wake_up"
     assert said[-1] == "/v1/completions"  # the questions come after the wake-up
+
+
+def test_the_cause_is_told_rather_than_the_end_and_the_scenarios_own_sign_first() -> None:
+    log = "x\nEngineCore encountered a fatal error.\nRuntimeError: CUDA error: CUBLAS_STATUS_EXECUTION_FAILED\nown"
+    assert PLAIN.crashed(log) == "RuntimeError: CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"
+    assert Scenario("s", crash="^own").crashed(log) == "own"
+    assert PLAIN.crashed("EngineCore encountered a fatal error.") == "EngineCore encountered a fatal error."
+    assert PLAIN.crashed("Traceback\nValueError: no such task") == ""
+
+
+def test_the_side_that_finished_has_its_accuracy_where_the_other_crashed(tmp_path: Path) -> None:
+    crash = {"stock": {"evaluate": "crash"}, "patched": {"wrong": [3]}}
+    report = report_mode(Mode.INPROCESS, *both(tmp_path, Mode.INPROCESS, **crash), 0.02, tmp_path)
+    assert report.alone.keys() == {"patched"}
+    assert report.alone["patched"]["strict-match"].right == 199
+    assert "strict-match: patched 199/200" in table([report], 0.02)
+
+
+def test_a_run_is_recorded_from_what_its_sides_left(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = report_mode(Mode.INPROCESS, *both(tmp_path, Mode.INPROCESS, patched={"wrong": [5]}), 0.02, out)
+    about = {"sides": {}, "machine": {"gpu": "NVIDIA H200"}, "commit": "c"}
+    old = as_json(asdict(JOB), 0.02, [report], about, {})
+    old["modes"]["in-process"]["verdict"] = "of an older harness"
+    old["modes"]["in-process"]["stock"]["command"] = "python -m x"
+    (out / "report.json").write_text(json.dumps(old), encoding="utf-8")
+    written = record(out, "plain", "why", tmp_path / "results")
+    day = last_day(out)
+    assert [file.name for file in written] == [
+        f"gsm8k-{day}-nvidia-h200-plain{end}" for end in (".json", ".svg", "-in-process.tsv")
+    ]
+    said = json.loads(written[0].read_text(encoding="utf-8"))
+    assert said["modes"]["in-process"]["verdict"] == "undecided"
+    assert said["modes"]["in-process"]["metrics"]["strict-match"]["patched"]["right"] == 199
+    assert said["modes"]["in-process"]["stock"]["command"] == "python -m x"
+    assert (said["note"], said["date"]) == ("why", day)
+    assert str(tmp_path) not in written[0].read_text(encoding="utf-8")
+
+
+def test_a_run_that_has_not_ended_is_not_recorded(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="the run has not ended"):
+        record(tmp_path, "x", "", tmp_path)
 
 
 def test_a_server_that_dies_on_the_way_up_is_a_crash(tmp_path: Path) -> None:
@@ -180,7 +223,7 @@ def test_the_report_has_no_path_of_the_machine(tmp_path: Path) -> None:
     stock, patched = both(tmp_path, Mode.INPROCESS, stock={"evaluate": "crash"})
     stock = replace(stock, sign="at /home/someone/site-packages/vllm/x.py in http://127.0.0.1:8000/v1: a/b stays")
     report = report_mode(Mode.INPROCESS, stock, patched, 0.02, tmp_path)
-    said = as_json(JOB, 0.02, [report], {"commit": "c"}, {str(tmp_path / "out"): "OUT"})
+    said = as_json(asdict(JOB), 0.02, [report], {"commit": "c"}, {str(tmp_path / "out"): "OUT"})
     text = json.dumps(said)
     assert str(tmp_path) not in text
     assert "/home" not in text
