@@ -194,6 +194,7 @@ def plot(modes: Iterable[ModeReport], margin: float, title: str, file: Path) -> 
     left.set_yticks(range(len(rows)), [f"{r.mode.value}\n{name}" for r, name, _ in rows])
     left.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="accuracy", title=title)
     right.set(xlabel="patched minus stock")
+    right.locator_params(axis="x", nbins=5)
     handles = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
     if handles:
         left.legend(handles.values(), handles.keys(), loc="lower left")

@@ -160,7 +160,7 @@ def request_of(job: Job, mode: Mode, folder: Path) -> dict[str, Any]:
     common = {"task": job.task, "limit": job.limit, "folder": str(folder), "device": ""}
     if mode is Mode.HF:
         args = {"pretrained": job.model, "dtype": "float32"}
-        return common | {"model": "hf", "model_args": args, "batch_size": 16, "device": "cpu"}
+        return common | {"model": "hf", "model_args": args, "batch_size": 32, "device": "cpu"}
     sleeping = job.scenario.sleep_every
     naps: dict[str, Any] = {"sleep_every": sleeping, "sleep_level": job.scenario.sleep_level} if sleeping else {}
     args = {"pretrained": job.model} | _engine(job) | naps

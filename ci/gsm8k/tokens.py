@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -18,7 +19,7 @@ from gsm8k.problems import generate
 PIECES = r" ?[A-Za-z]+:?|[0-9]|<<|>>|####|\n\n|[^A-Za-z0-9]"
 UNKNOWN, END = "<unk>", "</s>"
 VOCABULARY = 256  # rows of the embedding; the words take fewer
-SAMPLE = 20000  # problems of either split that the words are collected from: all templates, names and things are in
+SAMPLE = 4000  # problems of either split that the words are collected from: all templates, names and things are in
 
 
 def shot(question: str, answer: str = "") -> str:
@@ -26,6 +27,7 @@ def shot(question: str, answer: str = "") -> str:
     return f"Question: {question}\nAnswer:{' ' + answer if answer else ''}"
 
 
+@cache
 def build() -> PreTrainedTokenizerFast:
     """The tokenizer; its words are sorted, so that the ids follow from the problems' templates alone."""
     words: set[str] = set("0123456789")
