@@ -1,5 +1,7 @@
 """Speed of `apply`, `check` and `build` against the plain tools: paired runs, medians, ratios (`make bench`).
 
+`python ci/bench.py PART ...` runs only these of the parts apply, check and wheel. ROUNDS is the number of pairs.
+
 Every pair runs A B A B ... so that both see the same machine. Times are seconds of wall clock of whole processes, the
 interpreter's start included. Nothing here is a test: machines differ, the ratios are what to quote.
 """
@@ -31,18 +33,19 @@ IDENTITY = ["-c", "user.name=a", "-c", "user.email=a@b.invalid", "-c", "gc.auto=
 
 
 def main() -> None:
-    """Run all comparisons in a scratch folder and print one line each."""
-    sdists = {release.version: fetch_sdist(release) for release in CATALOG.pins}
+    """Run the chosen comparisons, or all, in a scratch folder and print one line each."""
+    parts = {"apply": bench_apply, "check": bench_check, "wheel": bench_wheel}
+    chosen = sys.argv[1:] or list(parts)
+    if unknown := set(chosen) - set(parts):
+        sys.exit(f"error: no such part: {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        scratch = Path(name)
-        bench_apply(scratch, CATALOG.release("0.20.2"), sdists["0.20.2"])
-        bench_check_warm(scratch, sdists)
-        bench_check_cold(scratch, sdists)
-        bench_build(scratch, CATALOG.release("0.20.2"))
+        for part in chosen:
+            parts[part](Path(name), CATALOG.release("0.20.2"))
 
 
-def bench_apply(scratch: Path, release: Release, sdist: Path) -> None:
+def bench_apply(scratch: Path, release: Release) -> None:
     """`apply` with and without cached git objects, the obvious shell script, and the floor."""
+    sdist = fetch_sdist(release)
     build, plain = scratch / "build", scratch / "plain"
     apply = [sys.executable, "-m", "vllm_patches", "apply", "--pin", release.version, "--build", str(build)]
 
@@ -72,6 +75,13 @@ def bench_apply(scratch: Path, release: Release, sdist: Path) -> None:
     compare("apply, only the sdist cached", warm, "tar + git add + git am", by_hand, fresh(build, plain, objects))
     compare("apply, git objects cached", warm, "floor: inflate and write the files", floor, fresh(build, plain))
     print(f"wanted: at least 3x faster than the script; is {1 / by_script:.1f}x\n")
+
+
+def bench_check(scratch: Path, _: Release) -> None:
+    """`check` of several pins, from cached files and from the sdists alone."""
+    sdists = {release.version: fetch_sdist(release) for release in CATALOG.pins}
+    bench_check_warm(scratch, sdists)
+    bench_check_cold(scratch, sdists)
 
 
 def bench_check_warm(scratch: Path, sdists: dict[str, Path]) -> None:
@@ -117,7 +127,7 @@ def bench_check_cold(scratch: Path, sdists: dict[str, Path]) -> None:
     print(f"wanted: at least 2x faster than tar + quilt; is {1 / ratio:.1f}x")
 
 
-def bench_build(scratch: Path, release: Release) -> None:
+def bench_wheel(scratch: Path, release: Release) -> None:
     """`build` from a cached wheel against `wheel unpack`, an edit and `wheel pack`, against copying, and thorough."""
     official = release.wheel_for("x86_64")
     assert official is not None

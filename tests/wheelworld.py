@@ -182,6 +182,7 @@ def make_world(folder: Path, data: bytes | None = None, *, native: bool = False,
     release = Release(
         VERSION, datetime.date(2026, 5, 10), sdist.name, hashlib.sha256(sdist.read_bytes()).hexdigest(),
         sdist.stat().st_size, states, "v0.20.2",
+        blobs={path: blob(old) for path, (old, _) in first.items()},
         revision=3, wheels=(Wheel(name, hashlib.sha256(data).hexdigest(), len(data)),),
     )  # fmt: skip
     (patches / "releases.toml").write_text(dump_releases({VERSION: release}), encoding="utf-8")

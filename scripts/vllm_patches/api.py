@@ -14,15 +14,28 @@ from vllm_patches.errors import PatchesError
 
 if TYPE_CHECKING:
     from vllm_patches.check import CheckReport
+    from vllm_patches.dist.make import Dist, Order
     from vllm_patches.install import Installed
-    from vllm_patches.model import Release
+    from vllm_patches.model import Artifact, Release
     from vllm_patches.outcome import Applied, Say
+    from vllm_patches.sourcebuild import SourceBuilt
     from vllm_patches.store import FindSdist
     from vllm_patches.treecheck import TreeReport
     from vllm_patches.verify import Verified
     from vllm_patches.wheel import Built
 
-__all__ = ["PatchesError", "apply", "build", "check", "check_tree", "install", "uninstall", "verify"]
+__all__ = [
+    "PatchesError",
+    "apply",
+    "build",
+    "build_source",
+    "check",
+    "check_tree",
+    "dist",
+    "install",
+    "uninstall",
+    "verify",
+]
 
 
 def _quiet(line: str) -> None:
@@ -52,20 +65,60 @@ def build(
     pin: str = "",
     *,
     wheel: Path | None = None,
+    arch: str = "",
     out: Path = Path("dist"),
     without: Iterable[str] = (),
+    cuda_archs: str = "",
+    torch: Path | None = None,
     sdist: Path | None = None,
+    thorough: bool = False,
     say: Say = _quiet,
 ) -> Built:
-    """A patched wheel of the release *pin* in *out*, from the official *wheel* or the one that pip would take."""
+    """A patched wheel of the release *pin* in *out*, from the official *wheel* or the one that pip would take.
+
+    *arch* is a machine as `uname -m` names it. For a compiled part that is not among *without*: *cuda_archs* such as
+    "8.0 9.0" (default: the official list), *torch* the package with the headers, *sdist* the sources. *thorough*
+    compares every copied file with RECORD.
+    """
     from vllm_patches.catalog import open_catalog
-    from vllm_patches.index import fetch_wheel
+    from vllm_patches.native import NativeOptions
     from vllm_patches.wheel import build_wheel, release_of
 
+    def find(wanted: Artifact) -> Path:
+        from vllm_patches.index import fetch_wheel
+
+        return fetch_wheel(wanted)
+
     catalog = open_catalog()
-    release = release_of(catalog, pin or None, wheel)
-    finder = _finder(sdist)
-    return build_wheel(catalog, release, fetch_wheel, out, say, given=wheel, without=tuple(without), find_sdist=finder)
+    return build_wheel(
+        catalog, release_of(catalog, pin or None, wheel), find, out, say,
+        given=wheel, arch=arch, without=without, thorough=thorough,
+        find_sdist=_finder(sdist), native=NativeOptions(cuda_archs, torch),
+    )  # fmt: skip
+
+
+def build_source(
+    pin: str = "",
+    *,
+    device: str = "",
+    python: Path | None = None,
+    isolated: bool = True,
+    work: Path = Path("build/source"),
+    out: Path = Path("dist"),
+    sdist: Path | None = None,
+    say: Say = _quiet,
+) -> SourceBuilt:
+    """``build --mode source``: upstream's own full build of the patched release *pin*, a wheel in *out*."""
+    import sys
+
+    from vllm_patches.buildenv import device_named
+    from vllm_patches.catalog import DEFAULT_PIN, open_catalog
+    from vllm_patches.sourcebuild import SourceOptions
+    from vllm_patches.sourcebuild import build_source as run
+
+    catalog = open_catalog()
+    options = SourceOptions(device_named(device), python or Path(sys.executable), isolated)
+    return run(catalog, catalog.release(pin or DEFAULT_PIN), _finder(sdist), work, out, say, options)
 
 
 def check(pins: Iterable[str] = (), *, sdist: Path | None = None) -> CheckReport:
@@ -86,6 +139,25 @@ def check_tree(tree: Path, pin: str = "") -> TreeReport:
     return against(catalog, tree, catalog.release(pin) if pin else None)
 
 
+def dist(
+    pins: Iterable[str] = (),
+    *,
+    order: Order | None = None,
+    sdist: Path | None = None,
+    out: Path = Path("dist"),
+    say: Say = _quiet,
+) -> Dist:
+    """Release assets of *pins* (all) below *out*; *order* says which channels and fixes, and what goes along."""
+    from dataclasses import replace
+
+    from vllm_patches.catalog import open_catalog
+    from vllm_patches.dist.make import Order, make_dist
+
+    catalog, names = open_catalog(), list(pins)
+    releases = [catalog.release(pin) for pin in names] or list(catalog.pins)
+    return make_dist(catalog, releases, _finder(sdist), out, replace(order or Order(), all_releases=not names), say)
+
+
 def install(site: Path | None = None, *, without: Iterable[str] = (), say: Say = _quiet) -> Installed:
     """Patch an installed vLLM in place; on any error it is as it was."""
     from vllm_patches.catalog import open_catalog
@@ -102,7 +174,10 @@ def uninstall(site: Path | None = None, *, say: Say = _quiet) -> Installed:
 
 
 def verify(path: Path | None = None, *, without: Iterable[str] = ()) -> Verified:
-    """Which of the five fixes an installed package, wheel, sdist or source tree has; look at its ``ok``."""
+    """Which of the five fixes an installed package, wheel, sdist or source tree has; look at its ``ok``.
+
+    *path* defaults to the current environment, *without* names parts whose absence is accepted.
+    """
     from vllm_patches.catalog import open_catalog
     from vllm_patches.verify import verify as look
 

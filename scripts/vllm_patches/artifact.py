@@ -11,9 +11,10 @@ from enum import Enum
 from pathlib import Path
 
 from vllm_patches.errors import PatchesError
-from vllm_patches.installation import MANIFEST, Installation, dist_infos, find_installation, metadata_version, remains
+from vllm_patches.installation import Installation, dist_infos, find_installation, metadata_version, remains
+from vllm_patches.modifications import PATCHES_JSON
+from vllm_patches.patchset import ReadBytes
 
-ReadBytes = Callable[[str], bytes | None]
 _VERSION = re.compile(r"__version__ = (?:version = )?['\"]([^'\"]+)")
 
 
@@ -46,7 +47,7 @@ class Artifact:
     @property
     def manifest(self) -> bytes | None:
         """``patches.json``, of a package that claims to be patched."""
-        return self.read(f"{self.dist_info}/{MANIFEST}") if self.dist_info else None
+        return self.read(f"{self.dist_info}/{PATCHES_JSON}") if self.dist_info else None
 
 
 def open_artifact(path: Path, wanted: list[str]) -> Artifact:

@@ -34,7 +34,7 @@ def disk_errors(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise PatchesError(
                 "no space left on the device",
                 file=str(where),
@@ -107,7 +107,7 @@ def _make_and_lock(make: Callable[[], str]) -> tuple[Path, int]:
         path = Path(make())
         with contextlib.suppress(FileNotFoundError):  # a sweep took it in the moment before it was locked
             handle = os.open(path, os.O_RDONLY)
-            _lock(handle, wait=True)
+            lock(handle, wait=True)
             if path.exists():
                 return path, handle
             os.close(handle)
@@ -118,12 +118,12 @@ def sweep(folder: Path, pattern: str) -> None:
     for left in folder.glob(pattern):
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
             handle = os.open(left, os.O_RDONLY)
-            if _lock(handle, wait=False):
+            if lock(handle, wait=False):
                 remove(left)
             os.close(handle)
 
 
-def _lock(handle: int, *, wait: bool) -> bool:
+def lock(handle: int, *, wait: bool) -> bool:
     """Lock a file or folder until *handle* is closed or its process dies; False where that cannot be had."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -13,6 +13,7 @@ from vllm_patches.hunks import apply_patch, undo_patch
 from vllm_patches.lint import lint_catalog
 from vllm_patches.matrix import lint_readme
 from vllm_patches.model import Release, Series
+from vllm_patches.proofs import lint_proofs
 from vllm_patches.store import FindSdist, pristine_files
 
 
@@ -46,7 +47,7 @@ def check_catalog(catalog: Catalog, pins: Iterable[Release], find_sdist: FindSdi
     chosen = list(pins)
     for release in chosen:
         catalog.need_series(release)
-    problems = tuple(lint_catalog(catalog)) + tuple(lint_readme(catalog))
+    problems = (*lint_catalog(catalog), *lint_readme(catalog), *lint_proofs(catalog))
     readable = [release for release in chosen if _readable(catalog, release)]
     contents = pristine_files(readable, find_sdist)
     problems += tuple(lint_gpu_requirements(catalog, readable, find_sdist))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from vllm_patches import journal as journals
-from vllm_patches import recordfile
 from vllm_patches.artifact import Artifact
-from vllm_patches.installation import MANIFEST, base_version
+from vllm_patches.hashing import sha256
+from vllm_patches.installation import base_version
 from vllm_patches.journal import Phase
-from vllm_patches.patchset import SCHEMA
+from vllm_patches.modifications import PATCHES_JSON, SCHEMA
+from vllm_patches.record import Row, listed_rows, row_of
 from vllm_patches.restore import compiled_files
 
 Claims = dict[str, Any]
@@ -27,20 +27,20 @@ def read_claims(artifact: Artifact) -> tuple[Claims | None, list[str]]:
     try:
         claims = json.loads(raw)
         if claims["schema"] != SCHEMA:
-            return None, [f"{MANIFEST} is of schema {claims['schema']}, this tool knows {SCHEMA}"]
+            return None, [f"{PATCHES_JSON} is of schema {claims['schema']}, this tool knows {SCHEMA}"]
         native_blobs(claims)
         sound = all(entry[when]["sha256"] for entry in claims["files"].values() for when in ("before", "after"))
-        return (claims, []) if sound and claims["release"] and claims["fixes"] else (None, [f"{MANIFEST} is empty"])
+        return (claims, []) if sound and claims["release"] and claims["fixes"] else (None, [f"{PATCHES_JSON} is empty"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return None, [f"{MANIFEST} cannot be read: {error!r}"]
+        return None, [f"{PATCHES_JSON} cannot be read: {error!r}"]
 
 
 def claim_problems(artifact: Artifact, claims: Claims) -> Iterator[str]:
     """Every way in which the files do not bear out the claims."""
     if claims["release"] != base_version(artifact.version):
-        yield f"{MANIFEST} is for vLLM {claims['release']}, but the package is {artifact.version}"
+        yield f"{PATCHES_JSON} is for vLLM {claims['release']}, but the package is {artifact.version}"
     elif claims.get("version", artifact.version) != artifact.version:
-        yield f"{MANIFEST} says version {claims['version']}, METADATA {artifact.version}"
+        yield f"{PATCHES_JSON} says version {claims['version']}, METADATA {artifact.version}"
     for path, entry in claims["files"].items():
         if problem := _file_problem(artifact, path, entry):
             yield problem
@@ -66,7 +66,7 @@ def state_problems(artifact: Artifact) -> Iterator[str]:
         verb = known[0].value.partition(".")[0]
         yield f"a run was interrupted while {verb}: run vllm-patches install or uninstall to finish"
     if known is not None and known[0] is Phase.INSTALLED and artifact.manifest is None:
-        yield f"the journal says that patches are in, but {MANIFEST} is gone"
+        yield f"the journal says that patches are in, but {PATCHES_JSON} is gone"
     if known is None and found.state.is_dir():
         yield "a run was interrupted before it changed anything: run vllm-patches install or uninstall to clean up"
 
@@ -86,9 +86,9 @@ def _file_problem(artifact: Artifact, path: str, entry: dict[str, Any]) -> str:
     if found == entry["after"]["sha256"]:
         return ""
     if not found:
-        return f"{MANIFEST} claims that {path} is patched, but it is not there"
+        return f"{PATCHES_JSON} claims that {path} is patched, but it is not there"
     what = "is pristine" if found == entry["before"]["sha256"] else "was changed since"
-    return f"{MANIFEST} claims that {path} is patched, but the file {what}"
+    return f"{PATCHES_JSON} claims that {path} is patched, but the file {what}"
 
 
 def _addition_problems(artifact: Artifact, claims: Claims) -> Iterator[str]:
@@ -96,16 +96,19 @@ def _addition_problems(artifact: Artifact, claims: Claims) -> Iterator[str]:
     for path, wanted in _additions(claims).items():
         found = _sha256(artifact.read(path))
         if not found:
-            yield f"{MANIFEST} claims that {path} was added, but it is not there"
+            yield f"{PATCHES_JSON} claims that {path} was added, but it is not there"
         elif wanted and found != wanted:
-            yield f"{MANIFEST} claims that {path} was added, but the file was changed since"
+            yield f"{PATCHES_JSON} claims that {path} was added, but the file was changed since"
 
 
 def native_blobs(claims: Claims | None) -> dict[str, str]:
-    """The sources that a rebuilt extension of the package was made from, and their blobs; none without extension."""
+    """The sources that compiled code of the package was made from, and their blobs; none without such code.
+
+    A package that was built without any compiled code has no stale one either.
+    """
     if not claims or not isinstance(claims.get("native"), dict):
         return {}
-    if not any(path.endswith(".so") for path in _additions(claims)):
+    if claims.get("target_device") != "empty" and not any(path.endswith(".so") for path in _additions(claims)):
         return {}
     return {path: entry["after"]["blob"] for path, entry in claims["native"].get("source", {}).items()}
 
@@ -122,12 +125,13 @@ def _additions(claims: Claims) -> dict[str, str]:
 
 
 def _record_problems(artifact: Artifact, paths: list[str]) -> Iterator[str]:
-    listed = recordfile.rows(artifact.read(f"{artifact.dist_info}/RECORD") or b"")
+    listed = listed_rows(artifact.read(f"{artifact.dist_info}/RECORD") or b"")
     for path in paths:
         data = artifact.read(path)
-        if data is not None and listed.get(path, ("", ""))[0] != recordfile.digest(data):
+        row, wanted = listed.get(path, Row(path)), row_of(path, data or b"")
+        if data is not None and (row.algorithm, row.digest) != (wanted.algorithm, wanted.digest):
             yield f"RECORD does not have the hash of {path}"
 
 
 def _sha256(data: bytes | None) -> str:
-    return "" if data is None else hashlib.sha256(data).hexdigest()
+    return "" if data is None else sha256(data)

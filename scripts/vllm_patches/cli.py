@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vllm_patches import __version__, render
 from vllm_patches.apply import apply_release, states_only
+from vllm_patches.buildenv import DEVICE_VARIABLE, Device, device_named
 from vllm_patches.catalog import DEFAULT_PIN, Catalog, open_catalog
 from vllm_patches.check import check_catalog
 from vllm_patches.checkout import apply_checkout
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, function: Callable[[Catalog, argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text, parents=[common])
-        added.set_defaults(verb=function)
+        added.set_defaults(verb=function, name=name)
         return added
 
     one = verb("apply", _apply, "make a patched tree of a release, or patch a git checkout on a new branch")
@@ -93,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--torch", type=Path, help="the torch package whose headers are used (default: this Python's)")
     one.add_argument("--sdist", type=Path, help="the release's sdist, for a compiled part on a machine with no network")
     one.add_argument("--thorough", action="store_true", help="inflate every copied file too and compare with RECORD")
+    _add_source_options(one)
     one = verb("check", _check, "do the patches still apply? to every pin, or to a tree of yours")
     one.add_argument("--pin", action="append", help="only this release (repeatable)")
     one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
@@ -103,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--without", action="append", default=[], metavar="PART", help="give up a part: 0001-native")
     one = verb("uninstall", _uninstall, "put back every byte that install changed")
     one.add_argument("--site", type=Path, help="the site folder or environment (default: the current environment)")
+    _dist_options(verb("dist", _dist, "release assets for packagers: quilt, RPM, Nix, conda, Spack, AUR, Dockerfiles"))
     one = verb("verify", _verify, "which of the five an installed package, wheel, sdist or source tree has")
     one.add_argument("path", type=Path, nargs="?", help="default: the current environment")
     one.add_argument("--without", action="append", default=[], metavar="PART", help="accept that a part is left out")
@@ -122,6 +126,33 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tree", type=Path, help="default: build/src/vllm-PIN")
     verb("record", _record, "write HEAD and the touched files' blobs of every pin to releases.toml")
     return parser
+
+
+def _dist_options(one: argparse.ArgumentParser) -> None:
+    which = one.add_mutually_exclusive_group()
+    which.add_argument("--pin", action="append", help="only this release (repeatable)")
+    which.add_argument("--all", action="store_true", help="every release with a series (the default)")
+    one.add_argument("--fixes", default="", metavar="LIST", help="only these, such as '0003 0005' (default: all)")
+    one.add_argument("--channel", action="append", default=[], help="only this one (repeatable; a wrong one lists all)")
+    one.add_argument("--with-series", type=Path, metavar="DIR", help="a quilt series of your own to go along")
+    where = one.add_mutually_exclusive_group()
+    where.add_argument("--above", action="store_true", help="yours after ours (the default)")
+    where.add_argument("--below", action="store_true", help="yours before ours")
+    one.add_argument("--proof", type=Path, metavar="FILE", help="what make prove JSON=1 printed; without it no VEX")
+    one.add_argument("--base-url", default="", metavar="URL", help="where the folder made here will be found")
+    one.add_argument("--sdist-url", default="", metavar="URL", help="the sdist's address, with {version} in it")
+    one.add_argument("--sdist", type=Path, help="the sdist of the one --pin, for a machine with no network")
+    one.add_argument("--out", type=Path, default=Path("dist"), help="where the folder is made (default: %(default)s)")
+
+
+def _add_source_options(one: argparse.ArgumentParser) -> None:
+    """What `build --mode source` alone takes."""
+    devices = [device.value for device in Device]
+    one.add_argument("--mode", choices=("wheel", "source"), default="wheel", help="source: upstream's own full build")
+    one.add_argument("--target-device", choices=devices, help=f"source: default ${DEVICE_VARIABLE}, else cuda")
+    one.add_argument("--no-build-isolation", action="store_true", help="source: build with the interpreter's packages")
+    one.add_argument("--python", help="source: the interpreter to build with (default: this one)")
+    one.add_argument("--work", type=Path, default=Path("build/source"), help="source: where (default: %(default)s)")
 
 
 def _finder(sdist: Path | None) -> FindSdist:
@@ -153,6 +184,9 @@ def _apply(catalog: Catalog, options: argparse.Namespace) -> int:
 
 
 def _build(catalog: Catalog, options: argparse.Namespace) -> int:
+    if options.mode == "source":
+        return _build_source(catalog, options)
+    _refuse(options, ("target_device", "no_build_isolation", "python"), "--mode wheel")
     from vllm_patches.native import NativeOptions
     from vllm_patches.wheel import build_wheel, release_of
 
@@ -171,6 +205,34 @@ def _build(catalog: Catalog, options: argparse.Namespace) -> int:
     return 0
 
 
+def _build_source(catalog: Catalog, options: argparse.Namespace) -> int:
+    from vllm_patches.sourcebuild import SourceOptions, build_source
+
+    _refuse(options, ("wheel", "arch", "without", "cuda_archs", "torch", "thorough"), "--mode source")
+    chosen = SourceOptions(
+        device_named(options.target_device),
+        Path(shutil.which(options.python) or options.python).absolute() if options.python else Path(sys.executable),
+        not options.no_build_isolation,
+    )
+    release = catalog.release(options.pin or DEFAULT_PIN)
+    built = build_source(catalog, release, _finder(options.sdist), options.work, options.out, say, chosen)
+    _print(options, built, render.source_built_text(built))
+    return 0
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], mode: str) -> None:
+    """Options of the other mode would be passed over in silence."""
+    if given := [name for name in names if getattr(options, name)]:
+        flag = "--" + given[0].replace("_", "-")
+        raise PatchesError(
+            f"{flag} is of no use with {mode}",
+            expected="options of one mode",
+            found=f"{flag} {getattr(options, given[0])}",
+            next_command=f"vllm-patches build {mode}"
+            + ("    # architectures: TORCH_CUDA_ARCH_LIST, which upstream reads" if flag == "--cuda-archs" else ""),
+        )
+
+
 def _need_one_pin(options: argparse.Namespace) -> None:
     """A file is the sdist of one release, so it cannot serve several."""
     if options.sdist is not None and (options.pin == "all" or len(options.pin or []) != 1):
@@ -179,7 +241,7 @@ def _need_one_pin(options: argparse.Namespace) -> None:
             file=str(options.sdist),
             expected="one --pin",
             found=str(options.pin or "none"),
-            next_command=f"vllm-patches check --pin {DEFAULT_PIN} --sdist {options.sdist}",
+            next_command=f"vllm-patches {options.name} --pin {DEFAULT_PIN} --sdist {options.sdist}",
         )
 
 
@@ -236,6 +298,41 @@ def _uninstall(catalog: Catalog, options: argparse.Namespace) -> int:
     result = uninstall(options.site, say)
     _print(options, result, render.installed_text(result))
     return 0
+
+
+def _dist(catalog: Catalog, options: argparse.Namespace) -> int:
+    from vllm_patches.dist.compose import Wish
+    from vllm_patches.dist.links import Links
+    from vllm_patches.dist.make import Order, make_dist
+    from vllm_patches.dist.proofs import read_proofs
+    from vllm_patches.dist.stacking import Position, read_third
+
+    _need_one_pin(options)
+    third = read_third(options.with_series) if options.with_series else None
+    _need_series_for_position(options)
+    fixes = tuple(dict.fromkeys(options.fixes.replace(",", " ").split()))
+    order = Order(
+        wish=Wish(fixes, third, Position.BELOW if options.below else Position.ABOVE),
+        channels=tuple(dict.fromkeys(options.channel)),
+        links=Links(options.base_url, options.sdist_url),
+        proofs=read_proofs(options.proof) if options.proof else None,
+        all_releases=not options.pin,
+    )
+    releases = [catalog.release(pin) for pin in dict.fromkeys(options.pin or [])] or list(catalog.pins)
+    made = make_dist(catalog, releases, _finder(options.sdist), options.out, order, say)
+    _print(options, made, render.dist_text(made))
+    return 0
+
+
+def _need_series_for_position(options: argparse.Namespace) -> None:
+    """A position without a series would be passed over in silence."""
+    if options.with_series is None and (options.above or options.below):
+        raise PatchesError(
+            "--above and --below say where the series of --with-series goes",
+            expected="--with-series DIR",
+            found="none",
+            next_command="vllm-patches dist --with-series DIR --below",
+        )
 
 
 def _verify(catalog: Catalog, options: argparse.Namespace) -> int:

@@ -280,3 +280,10 @@ def format_patch(directory: Path, commit: str) -> bytes:
 def commits_after(directory: Path, base: str, head: str) -> list[str]:
     """Commit ids from *base* (not included) to *head*, oldest first."""
     return _run(directory, "rev-list", "--reverse", f"{base}..{head}").stdout.decode().split()
+
+
+def tree_blobs(directory: Path, revision: str, folder: str) -> dict[str, str]:
+    """Blob ids of every file below *folder* in *revision*."""
+    out = _run(directory, "ls-tree", "-r", "-z", "--full-tree", revision, "--", folder).stdout
+    entries = (entry.split(b"\t", 1) for entry in out.split(b"\0") if entry)
+    return {os.fsdecode(path): meta.split()[2].decode() for meta, path in entries if b" blob " in meta}

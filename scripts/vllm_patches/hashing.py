@@ -1,13 +1,25 @@
-"""sha256 beside the work that brings the bytes: hashing takes as long as copying, and two cores are common."""
+"""sha256 of contents and files, and beside the work that brings the bytes: it takes as long, and cores are several."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 _BATCH = 1 << 20  # small pieces are gathered: handing one over costs more than hashing it
 _AHEAD = 8  # batches that may wait, so that memory stays small
+
+
+def sha256(data: bytes) -> str:
+    """The hash of a content, 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's content, read in pieces; raises what opening the file raises."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class BackgroundHash:

@@ -24,6 +24,7 @@ TRAILERS = (
 )
 SECTIONS = ("Why", "Mechanism", "Fix", "Scope", "Beyond upstream", "Removal")
 ORIGIN = "other, written for this series"
+PROOFS = "tests/repro/test_proof.py"
 REPOSITORY = "https://github.com/vllm-project/vllm"
 
 # Upstream's change: the pull request where a source that was read names it, else the first release that holds it.
@@ -58,6 +59,11 @@ class Problem:
         return f"{self.file}: {self.rule}\n  expected: {self.expected}\n  found:    {self.found}{tail}"
 
 
+def proof_id(fix: str, release: str) -> str:
+    """The pytest id of the proof of *fix* on *release*, as the trailer ``Test:`` names it."""
+    return f"{PROOFS}::test_proof[{fix}-{release}]"
+
+
 def lint_header(patch: Patch, fix: Fix, series: str, applies_to: list[str]) -> list[Problem]:
     """Everything that is wrong with the header of *patch* in the directory *series*."""
     where = f"patches/{series}/{patch.name}"
@@ -73,7 +79,7 @@ def lint_header(patch: Patch, fix: Fix, series: str, applies_to: list[str]) -> l
     found = [Problem(rule, where, *pair) for check in rules for rule, *pair in check(patch)]
     expected = {
         "Applies-To": ", ".join(applies_to),
-        "Test": f"tests/repro/test_proof.py::test_proof[{fix.id}-{series.removeprefix('v')}]",
+        "Test": proof_id(fix.id, series.removeprefix("v")),
     }
     for key, value in expected.items():
         if patch.trailer(key) != value:

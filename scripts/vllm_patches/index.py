@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 from vllm_patches import cache
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import file_sha256
 from vllm_patches.model import Wheel
 from vllm_patches.pipconf import PipSettings, read_settings
 from vllm_patches.sdist import check_hash
@@ -33,7 +33,7 @@ Progress = Callable[[int | None], "ProgressTracker"]
 def fetch_sdist(release: Release, progress: Progress | None = None) -> Path:
     """The release's sdist from the cache, or from wherever pip would look; its sha256 is the recorded one."""
     target = cache.sdist_path(release.sha256, release.sdist)
-    if target.is_file() and _file_hash(target) == release.sha256:
+    if target.is_file() and file_sha256(target) == release.sha256:
         return target
     return _fetch(release.sdist_file, target, progress)
 
@@ -50,7 +50,7 @@ def _fetch(wanted: Artifact, target: Path, progress: Progress | None) -> Path:
     settings = read_settings()
     with cache.written_beside(target) as beside:
         _obtain(wanted, settings, beside, progress)
-        found = _file_hash(beside)
+        found = file_sha256(beside)
         if found != wanted.sha256:
             _keep_aside(wanted, beside, target, found)
     return target
@@ -147,7 +147,7 @@ def _client(settings: PipSettings, index: str) -> PyPISimple:
             "the library that talks to the package index is missing",
             expected="pypi-simple",
             found=str(error),
-            next_command="make venv    # or give the sdist: make apply SDIST=FILE",
+            next_command="make venv    # or: pip install pypi-simple; or give the sdist: make apply SDIST=FILE",
         ) from error
     client = PyPISimple(index) if index else PyPISimple()
     host = urlsplit(client.endpoint).hostname or ""
@@ -198,11 +198,6 @@ def _keep_aside(wanted: Artifact, beside: Path, target: Path, found: str) -> Non
     size = beside.stat().st_size
     beside.replace(aside)
     check_hash(aside, found, size, wanted)
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _places(settings: PipSettings) -> str:

@@ -6,23 +6,24 @@ then only renames: the files, ``patches.json``, RECORD, and last the journal's o
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
-from vllm_patches import __version__, recordfile, swap
+from vllm_patches import __version__, swap
 from vllm_patches import journal as journals
 from vllm_patches.apply import series_hash
 from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import sha256
 from vllm_patches.installation import Installation, default_site, find_installation, owners, release_of
 from vllm_patches.journal import Entry, Journal, Phase
 from vllm_patches.model import Disposition, Release
+from vllm_patches.modifications import Modifications, modifications_text, patches_json
 from vllm_patches.outcome import FixRow, Say, fix_rows
-from vllm_patches.patchset import PatchSet, check_without, manifest, modifications, plan
+from vllm_patches.patchset import PatchSet, check_names, plan, refuse_native
+from vllm_patches.record import Row, edited, row_of
 from vllm_patches.restore import check_restorable, compiled_files, restore
 
 
@@ -55,7 +56,8 @@ def install(catalog: Catalog, folder: Path | None, without: Iterable[str], say: 
     if not series.patches:
         return _without_series(catalog, found, release)
     chosen = tuple(dict.fromkeys(without))
-    check_without(release, series, chosen)
+    check_names(release, series, chosen, "install")
+    refuse_native(release, series, chosen)
     with (
         swap.site_errors(found.site, "the package is as it was before"),
         swap.locked(found.dist_info, lambda: say(f"waiting for another run on {found.site}")),
@@ -63,7 +65,9 @@ def install(catalog: Catalog, folder: Path | None, without: Iterable[str], say: 
         if _is_current(found, series_hash(series), chosen):
             return _result(catalog, found, release, InstallOutcome.ALREADY, chosen)
         notes = _back_to_pristine(found)
-        patch_set = plan(catalog, release, lambda path: _read(found.site / path), chosen)
+        ways_out = f"pip install --force-reinstall --no-deps vllm=={release.version}"
+        ways_out = f"vllm-patches verify {found.site}    # which fixes are in; or reinstall: {ways_out}"
+        patch_set = plan(catalog, release, lambda path: _read(found.site / path), chosen, ways_out)
         _refuse_foreign(found, patch_set)
         _install(catalog, found, patch_set)
     files = tuple(change.path for change in patch_set.changes)
@@ -165,9 +169,9 @@ def _foreign(found: Installation, path: str, expected: str, seen: str) -> Patche
 
 
 def _install(catalog: Catalog, found: Installation, patch_set: PatchSet) -> None:
-    claims = json.dumps(manifest(catalog, patch_set, found.version), indent=1, ensure_ascii=False) + "\n"
-    texts = {found.manifest: claims, found.modifications: modifications(catalog, patch_set, found.version)}
-    created = {found.inside(path): text.encode() for path, text in texts.items()}
+    mods = Modifications(patch_set, found.version, catalog.fixes)
+    texts = {found.manifest: patches_json(mods), found.modifications: modifications_text(mods)}
+    created = {found.inside(path): text for path, text in texts.items()}
     journal, record = _prepare(found, patch_set, created)
     new = {change.path: change.after for change in patch_set.changes} | created | {found.inside(found.record): record}
     try:
@@ -184,20 +188,20 @@ def _install(catalog: Catalog, found: Installation, patch_set: PatchSet) -> None
 
 def _prepare(found: Installation, patch_set: PatchSet, created: dict[str, bytes]) -> tuple[Journal, bytes]:
     """The journal, and the RECORD as it will be: with every file that is then there."""
-    entries = tuple(Entry(c.path, _sha256(c.before), _sha256(c.after)) for c in patch_set.changes)
+    entries = tuple(Entry(c.path, sha256(c.before), sha256(c.after)) for c in patch_set.changes)
     compiled = tuple(compiled_files(found, [change.path for change in patch_set.changes]))
     before = found.record.read_bytes()
     series = series_hash(patch_set.series)
     release, tool = patch_set.release.version, f"vllm-patches {__version__}"
     draft = Journal(release, tool, series, patch_set.without, entries, compiled, tuple(created), "")
     # The hash of RECORD stands in the journal, and the hash of the journal in RECORD: so RECORD gives none for it.
-    put: dict[str, bytes | None] = {change.path: change.after for change in patch_set.changes}
-    put |= {**created, next(journals.ours(found, draft)): None}
+    put = {change.path: change.after for change in patch_set.changes} | created
     kept = {change.path: change.before for change in patch_set.changes} | {found.inside(found.record): before}
     kept |= {path: (found.site / path).read_bytes() for path in compiled}
     put |= {found.inside(journals.original(found, path)): data for path, data in kept.items()}
-    record = recordfile.edited(before, put, compiled)
-    return replace(draft, record=_sha256(record)), record
+    rows = [*(row_of(path, data) for path, data in put.items()), Row(next(journals.ours(found, draft)))]
+    record = edited(before, rows, compiled)
+    return replace(draft, record=sha256(record)), record
 
 
 def _keep_originals(found: Installation, journal: Journal) -> None:
@@ -213,7 +217,7 @@ def _swap(found: Installation, journal: Journal) -> None:
         swap.rename(swap.beside(live), live)
         _expect(found, live, entry.after)
     for path in compiled_files(found, [entry.path for entry in journal.files]):
-        (found.site / path).unlink(missing_ok=True)
+        swap.remove(found.site / path)
     for live in (found.modifications, found.manifest, found.record):
         swap.rename(swap.beside(live), live)
     journals.move(found, Phase.INSTALLING, Phase.INSTALLED)
@@ -250,7 +254,3 @@ def _roll_back(found: Installation, journal: Journal, cause: BaseException) -> N
 
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -9,14 +9,13 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_patches import recordfile
 from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
 from vllm_patches.model import Release
+from vllm_patches.modifications import MODIFICATIONS, PATCHES_JSON
+from vllm_patches.record import listed_rows
 
 STATE = "vllm-patches"  # the folder inside the dist-info that is ours: journal and original files
-MANIFEST = "patches.json"
-MODIFICATIONS = "MODIFICATIONS"
 _DIST_INFO = re.compile(r"vllm-[^-]+\.dist-info")
 _SITES = ("lib/python3*/site-packages", "lib/python3*/dist-packages", "lib64/python3*/site-packages")
 
@@ -37,7 +36,7 @@ class Installation:
     @property
     def manifest(self) -> Path:
         """Where ``patches.json`` is, or would be."""
-        return self.dist_info / MANIFEST
+        return self.dist_info / PATCHES_JSON
 
     @property
     def modifications(self) -> Path:
@@ -94,7 +93,7 @@ def remains(site: Path) -> list[Path]:
     return [
         path
         for path in _info_folders(site)
-        if not (path / "METADATA").is_file() and ((path / STATE).is_dir() or (path / MANIFEST).is_file())
+        if not (path / "METADATA").is_file() and ((path / STATE).is_dir() or (path / PATCHES_JSON).is_file())
     ]
 
 
@@ -137,7 +136,7 @@ def owners(found: Installation, paths: list[str]) -> dict[str, list[str]]:
             continue
         data = record.read_bytes()
         suspects = [path for path in paths if path.encode() in data]  # parsing every RECORD would take seconds
-        listed = recordfile.rows(data) if suspects else {}
+        listed = listed_rows(data) if suspects else {}
         for path in suspects:
             if path in listed:
                 theirs.setdefault(path, []).append(record.parent.name.removesuffix(".dist-info"))
@@ -168,7 +167,7 @@ def _editable(info: Path) -> bool:
 
 
 def _several(site: Path, infos: list[Path]) -> PatchesError:
-    patched = [path.name for path in infos if (path / STATE).is_dir() or (path / MANIFEST).is_file()]
+    patched = [path.name for path in infos if (path / STATE).is_dir() or (path / PATCHES_JSON).is_file()]
     note = f"; a patch set is in {', '.join(patched)}" if patched else ""
     return PatchesError(
         "several versions of vLLM are recorded in one site folder, whose files are mixed",

@@ -101,7 +101,7 @@ def staged(found: Installation, journal: Journal) -> Iterator[Path]:
 def discard(found: Installation, journal: Journal) -> None:
     """Remove our folder: the journal last, so that until then a kill is still recognised."""
     for path in staged(found, journal):
-        path.unlink(missing_ok=True)
+        swap.remove(path)
     swap.remove_tree(found.state / ORIGINAL)
     swap.sync_folder(found.state)
     discard_unstarted(found)

@@ -32,7 +32,7 @@ from vllm_patches.toolchain import DRIVER_FLOOR, Nvcc, Torch, check_major, choos
 from vllm_patches.wheelfile import content
 
 if TYPE_CHECKING:
-    from vllm_patches.wheel import Official
+    from vllm_patches.official import Official
 
 PACKAGE = "vllm/_patches_native/"
 HOOK_FILE = "vllm/_custom_ops.py"
@@ -186,7 +186,8 @@ def _compiled(
             (work / path).parent.mkdir(parents=True, exist_ok=True)
             (work / path).write_bytes(data)
         (work / "torch").symlink_to(torch.folder.resolve())  # headers' __FILE__ then names no folder of this machine
-        _run(work, _compile_command(nvcc, archs))
+        for line in _run(work, _compile_command(nvcc, archs)).splitlines():
+            say(f"nvcc: {line}")  # its warnings
         _link(work, nvcc, host, runtime)
         shutil.copyfile(work / "overlay.so", beside)
     return kept.read_bytes()
@@ -210,13 +211,18 @@ def _link(work: Path, nvcc: Nvcc, host: str, runtime: int) -> None:
     options += [f"-l:{name}" for name in shared]
     linker = [word for option in options for word in ("-Xlinker", option)]
     cudart = "none" if runtime else "static"
-    _run(work, [nvcc.path, "-shared", f"--cudart={cudart}", "overlay.o", "-o", "overlay.so", "-L.", *linker])
+    # NVIDIA's pip packages keep it in lib/, where their own nvcc does not look.
+    folders = ["-L.", f"-L{Path(nvcc.path).resolve().parents[1] / 'lib'}"]
+    _run(work, [nvcc.path, "-shared", f"--cudart={cudart}", "overlay.o", "-o", "overlay.so", *folders, *linker])
 
 
-def _run(work: Path, command: list[str]) -> None:
+def _run(work: Path, command: list[str]) -> str:
+    """What the command says; raises `PatchesError` where it fails."""
     done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
     if done.returncode:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
+        lines = [
+            line for line in (done.stdout + done.stderr).splitlines() if re.search("error|cannot find", line, re.I)
+        ]
         raise PatchesError(
             "the compiled part cannot be built",
             file=" ".join(command[:1]),
@@ -224,6 +230,7 @@ def _run(work: Path, command: list[str]) -> None:
             found="\n".join(lines[:5]) or done.stderr[-500:],
             next_command="make build WITHOUT=0001-native    # its Python part alone, and it says so",
         )
+    return done.stdout + done.stderr
 
 
 def _loader(unit: Unit, torch: Torch, archs: tuple[int, ...]) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_patches import cache
+from vllm_patches import cache, swap
 
 
 @dataclass
@@ -22,13 +22,15 @@ class OutFile:
     beside: Path | None
 
     def publish(self, name: str) -> Path:
-        """Give the file its name; whatever had that name is replaced in one step."""
+        """Give the file its name; whatever had that name is replaced in one step, and only by what is on the disk."""
         target = self.folder / name
         os.fchmod(self.file, 0o644)
+        os.fsync(self.file)  # before the name: else a power cut could leave the name with half a file
+        cache.sweep(self.folder, f".{name}.*.tmp")
         if self.beside is None:
             self.beside = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
             _link(self.file, self.beside)
-        self.beside.replace(target)
+        swap.rename(self.beside, target)
         return target
 
 
@@ -36,11 +38,13 @@ class OutFile:
 def unnamed(folder: Path) -> Iterator[OutFile]:
     """A new file in *folder* for reading and writing, gone at the end unless it was published.
 
-    Linux can open a file that has no name at all: then even SIGKILL leaves nothing. Where the file system cannot, the
-    file is called ``.vllm-patches-….tmp`` and a SIGKILL leaves that.
+    Linux can open a file that has no name at all: then even SIGKILL leaves nothing, but in the moment between its first
+    name and its own. Where the file system cannot, it is called ``.vllm-patches-….tmp`` from the start. What a killed
+    process has left so, the next one sweeps; the file is locked for that as long as this process lives.
     """
     with cache.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        cache.sweep(folder, ".vllm-patches-*.tmp")
         out = OutFile(folder, *_open(folder))
         try:
             yield out
@@ -53,9 +57,15 @@ def unnamed(folder: Path) -> Iterator[OutFile]:
 def _open(folder: Path) -> tuple[int, Path | None]:
     if hasattr(os, "O_TMPFILE") and Path("/proc/self/fd").is_dir():
         with contextlib.suppress(OSError):  # no such thing on this file system; a real trouble shows again below
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), None
-    file, name = tempfile.mkstemp(prefix=".vllm-patches-", suffix=".tmp", dir=folder)
-    return file, Path(name)
+            file = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            cache.lock(file, wait=True)
+            return file, None
+    while True:
+        file, name = tempfile.mkstemp(prefix=".vllm-patches-", suffix=".tmp", dir=folder)
+        cache.lock(file, wait=True)
+        if Path(name).exists():  # else a sweep took it in the moment before it was locked
+            return file, Path(name)
+        os.close(file)
 
 
 def _link(file: int, path: Path) -> None:

@@ -15,10 +15,12 @@ from vllm_patches.errors import PatchesError
 from vllm_patches.install import Installed, InstallOutcome
 from vllm_patches.outcome import Applied, ApplyOutcome
 from vllm_patches.treecheck import Fit, TreeReport
-from vllm_patches.verify import Verified
+from vllm_patches.verify import FixStatus, Verified
 
 if TYPE_CHECKING:
+    from vllm_patches.dist.make import Dist
     from vllm_patches.newpin import NewPin
+    from vllm_patches.sourcebuild import SourceBuilt
     from vllm_patches.watch import WatchReport
     from vllm_patches.wheel import Built
 
@@ -52,6 +54,23 @@ def built_text(built: Built) -> str:
     lines += [f"{len(built.files)} files changed, {built.copied} copied as they were compressed"]
     lines += [*built.notes, f"wheel:  {built.wheel}", f"sha256: {built.sha256} ({built.size} bytes)"]
     return "\n".join(lines)
+
+
+def source_built_text(built: SourceBuilt) -> str:
+    """What the wheel has of the five, how it was built, and the wheel to install."""
+    lines = [f"vLLM {built.release}: built {built.version} from source for {built.device}"]
+    lines.append(table([("fix", "name", "status", "told by"), *_fix_rows(built.fixes)]))
+    torch = f"torch {built.torch}" if built.torch else "pip's own environment"
+    lines.append(
+        f"Python {built.python}, {torch}, {built.jobs} jobs, compiler cache: {built.compiler_cache}; "
+        f"{built.seconds} s in upstream's build"
+    )
+    lines += [*(f"note: {note}" for note in built.notes), f"log:    {built.log}", f"wheel:  {built.wheel}"]
+    return "\n".join([*lines, f"sha256: {built.sha256} ({built.size} bytes)"])
+
+
+def _fix_rows(fixes: Sequence[FixStatus]) -> list[tuple[str, str, str, str]]:
+    return [(fix.fix, fix.name, fix.status.value, fix.by) for fix in fixes]
 
 
 def check_text(report: CheckReport) -> str:
@@ -105,6 +124,7 @@ def installed_text(result: Installed) -> str:
 def verified_text(report: Verified) -> str:
     """A line per fix, every broken claim, and the verdict."""
     lines = [f"{report.where}: {report.kind}, vLLM {report.version or report.release or 'of unknown version'}"]
+    lines += [report.origin] if report.origin else []
     rows = [("fix", "name", "status", "told by", "")]
     rows += [(fix.fix, fix.name, fix.status.value, fix.by, fix.detail) for fix in report.fixes]
     lines.append(table(rows))
@@ -129,6 +149,17 @@ def watch_text(report: WatchReport) -> str:
                 lines.append(f"  error: {fix.contradiction}")
     lines += [f"\nerror: releases.toml does not know {v}\n  next:     make new-pin VERSION={v}" for v in report.unknown]
     return "\n".join(lines)
+
+
+def dist_text(made: Dist) -> str:
+    """`dist`: what was made, which patches were refreshed, and what scanners are not told."""
+    rows = [["release", "version", "patches", "refreshed", "statements"]]
+    for one in made.releases:
+        rows.append([one.release, one.version, str(len(one.patches)), str(len(one.refreshed)), str(len(one.stated))])
+    reasons = dict.fromkeys(why for one in made.releases for why in one.withheld.values())
+    notes = [f"no statement for scanners: {why}" for why in reasons]
+    sums = [f"{made.tar_sha256}  {made.tar}", f"{made.gz_sha256}  {made.gz}"]
+    return "\n".join([table(rows), "", *notes, *sums, f"{made.files} files in {made.folder}"])
 
 
 def new_pin_text(added: NewPin) -> str:

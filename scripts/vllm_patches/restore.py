@@ -6,15 +6,16 @@ It needs no room on the disk: originals are moved, not copied.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from pathlib import Path
 
 from vllm_patches import journal as journals
-from vllm_patches import recordfile, swap
+from vllm_patches import swap
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import sha256
 from vllm_patches.installation import Installation, owners
 from vllm_patches.journal import Entry, Journal
+from vllm_patches.record import copied
 
 
 def restore(found: Installation, journal: Journal) -> None:
@@ -24,7 +25,7 @@ def restore(found: Installation, journal: Journal) -> None:
         _restore_file(found, entry)
     _restore_compiled(found, journal)
     for path in journal.created:
-        (found.site / path).unlink(missing_ok=True)
+        swap.remove(found.site / path)
     _restore_record(found, journal)
     journals.discard(found, journal)
 
@@ -75,7 +76,7 @@ def _restore_compiled(found: Installation, journal: Journal) -> None:
     """The .pyc files that were there come back, those that the patched modules have since got go."""
     for path in compiled_files(found, [entry.path for entry in journal.files]):
         if path not in journal.compiled:
-            (found.site / path).unlink(missing_ok=True)
+            swap.remove(found.site / path)
     for path in journal.compiled:
         kept = journals.original(found, path)
         if os.path.lexists(kept):  # else it is back already, from a run that was interrupted
@@ -101,12 +102,12 @@ def _restore_record(found: Installation, journal: Journal) -> None:
     if not kept.exists():
         return  # nothing was changed yet, or it is back already
     live = found.record.read_bytes()
-    if hashlib.sha256(live).hexdigest() == journal.record:
+    if sha256(live) == journal.record:
         swap.rename(kept, found.record)
     elif live != kept.read_bytes():
         paths = [*(entry.path for entry in journal.files), *journal.compiled]
         drop = [*journals.ours(found, journal), *journal.created]
-        swap.write_file(found.record, recordfile.copied(live, kept.read_bytes(), paths, drop))
+        swap.write_file(found.record, copied(live, kept.read_bytes(), paths, drop))
 
 
 def _move_away(found: Installation, changed: list[str]) -> str:

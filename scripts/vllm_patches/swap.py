@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import stat
@@ -17,12 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import file_sha256
 
 
 def sha256(path: Path) -> str:
     """The hash of a file's content; empty where there is none."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_sha256(path)
     except FileNotFoundError:
         return ""
 
@@ -85,6 +85,13 @@ def make_folder(path: Path) -> None:
         sync_folder(folder.parent)
 
 
+def remove(path: Path) -> None:
+    """Remove a file, durably, where there is one."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+        sync_folder(path.parent)
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder of ours, whole, where there is one."""
     if path.is_dir():
@@ -106,7 +113,10 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, waiting: Callable[[], None], *, shared: bool = False) -> Iterator[None]:
-    """Hold a lock on *folder* itself: no lock file for RECORD to list, and it works where none can be made."""
+    """Hold a lock on *folder* itself: no lock file for RECORD to list, and it works where none can be made.
+
+    A *shared* one is for who only reads. Where the file system has no locks, writers are refused, so readers need none.
+    """
     mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -115,9 +125,27 @@ def locked(folder: Path, waiting: Callable[[], None], *, shared: bool = False) -
         except BlockingIOError:
             waiting()
             fcntl.flock(handle, mode)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if not shared:
+                raise _without_locks(folder, error) from error
         yield
     finally:
         os.close(handle)
+
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def _without_locks(folder: Path, error: OSError) -> PatchesError:
+    return PatchesError(
+        "the file system of the site folder has no locks, so two runs at once could damage it; nothing was changed",
+        file=str(folder),
+        expected="a file system with flock",
+        found=str(error),
+        next_command=f"findmnt --target {folder}    # copy the environment to a local disk, or build a patched wheel",
+    )
 
 
 @contextlib.contextmanager

@@ -65,10 +65,21 @@ def find_torch(release: str, wanted: str, folder: Path | None) -> Torch:
     version = re.search(r"^__version__ = '([^'+]+)", text, re.M)
     cuda = re.search(r"^cuda\b[^=]*= '([^']+)'", text, re.M)
     headers = (found / "include" / "torch" / "library.h").is_file()
+    if rocm := re.search(r"^hip\b[^=]*= '([^']+)'", text, re.M):
+        raise _for_rocm(release, expected, f"ROCm {rocm[1]} at {found}")
     if not version or version[1] != wanted or not cuda or not headers:
         has = f"torch {version[1] if version else '?'}, CUDA {cuda[1] if cuda else 'none'}"
         raise two_ways(release, expected, f"{has}{'' if headers else ', no headers'} at {found}")
     return Torch(found, version[1], cuda[1])
+
+
+def _for_rocm(release: str, expected: str, found: str) -> PatchesError:
+    """There is no official ROCm wheel that a library could go into; upstream's own build compiles the patched file."""
+    error = two_ways(release, expected, found)
+    error.next_command = (
+        f"make build MODE=source PIN={release} VLLM_TARGET_DEVICE=rocm    # hipify and hipcc, all of it"
+    )
+    return error
 
 
 def check_major(release: str, nvcc: Nvcc, official: CudaLibrary) -> None:

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from vllm_patches import swap
-from vllm_patches.artifact import Artifact, open_artifact, text_reader
+from vllm_patches.artifact import Artifact, Kind, open_artifact, text_reader
 from vllm_patches.catalog import DEFAULT_PIN, Catalog
 from vllm_patches.checkout import matching_releases
 from vllm_patches.claims import (
@@ -24,6 +24,7 @@ from vllm_patches.errors import PatchesError
 from vllm_patches.hunks import blob_id
 from vllm_patches.installation import base_version, default_site
 from vllm_patches.model import Disposition, Patch, Release, Series
+from vllm_patches.origin import claimed_origin, wheel_origin
 from vllm_patches.patchset import is_packaged
 from vllm_patches.probes import PATHS, PROBES, Finding, ProbeError, Site, dsa_mtp_ima
 
@@ -59,7 +60,10 @@ class FixStatus:
 
 @dataclass(frozen=True)
 class Verified:
-    """The result of `verify`; *problems* are what makes it fail whatever the fixes say."""
+    """The result of `verify`; *problems* are what makes it fail whatever the fixes say.
+
+    *origin* says which official wheel it is or was made from, where that is known.
+    """
 
     where: str
     kind: str
@@ -67,6 +71,7 @@ class Verified:
     release: str
     fixes: tuple[FixStatus, ...]
     problems: tuple[str, ...]
+    origin: str = ""
 
     @property
     def ok(self) -> bool:
@@ -107,10 +112,21 @@ def _verify(catalog: Catalog, artifact: Artifact, without: tuple[str, ...]) -> V
     changed = frozenset(changed_files(artifact, claims))
     look = _Look(catalog, artifact, release, series, claims, changed, without)
     problems += claim_problems(artifact, claims) if claims else ()
+    origin, problem = _origin(artifact, release, claims)
+    problems += [problem] if problem else []
     problems += [*state_problems(artifact), *hidden_problems(artifact, [p for p in series.paths if is_packaged(p)])]
     fixes = tuple(_status(look, fix_id) for fix_id in catalog.fixes)
     named = release.version if release else ""
-    return Verified(artifact.where, artifact.kind.value, artifact.version, named, fixes, tuple(problems))
+    return Verified(artifact.where, artifact.kind.value, artifact.version, named, fixes, tuple(problems), origin)
+
+
+def _origin(artifact: Artifact, release: Release | None, claims: Claims | None) -> tuple[str, str]:
+    """Which official wheel this is or was made from, and what is wrong with what it says of that."""
+    if release is None:
+        return "", ""
+    if claims is None:
+        return (wheel_origin(release, Path(artifact.where)) if artifact.kind is Kind.WHEEL else ""), ""
+    return claimed_origin(release, claims)
 
 
 def _release(catalog: Catalog, artifact: Artifact) -> Release | None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_patches import wheelmeta
 from vllm_patches.catalog import DEFAULT_PIN, Catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import apply_patch
-from vllm_patches.model import ARCHS, Artifact, Patch, Release, Series, Wheel
+from vllm_patches.model import ARCHS, Artifact, Release, Series, Wheel
 from vllm_patches.modifications import (
+    MODIFICATIONS,
+    NOTICE,
     PATCHES_JSON,
     Addition,
-    FileChange,
     Modifications,
     fix_result,
     modifications_text,
@@ -27,18 +25,17 @@ from vllm_patches.modifications import (
     patches_json,
 )
 from vllm_patches.native import NativeOptions, Overlay, build_overlay
+from vllm_patches.official import Official
 from vllm_patches.outcome import FixRow, Say
 from vllm_patches.outfile import unnamed
-from vllm_patches.record import Row, dump_record, encoded, parse_record, row_of
+from vllm_patches.patchset import check_names, plan
+from vllm_patches.record import Row, dump_record, row_of
 from vllm_patches.sdist import check_hash
 from vllm_patches.store import FindSdist
-from vllm_patches.wheelfile import HashedSource, Member, ZipWriter, damaged, digest, read_data, read_members
+from vllm_patches.wheelfile import HashedSource, Member, ZipWriter, digest, read_members
 
 DEFAULT_NATIVE = NativeOptions()
 FindWheel = Callable[[Artifact], Path]
-
-LICENCES = ("MODIFICATIONS", "NOTICE-vllm-patches")
-_UNSIGNED = ("RECORD.jws", "RECORD.p7s")  # not listed in RECORD, by the specification
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def build_wheel(
     *,
     given: Path | None = None,
     arch: str = "",
-    without: tuple[str, ...] = (),
+    without: Iterable[str] = (),
     thorough: bool = False,
     find_sdist: FindSdist | None = None,
     native: NativeOptions = DEFAULT_NATIVE,
@@ -77,40 +74,39 @@ def build_wheel(
     member of the new wheel as well and compares it with upstream's RECORD: three times the work, and it finds nothing
     that the hash would let through but a broken disk or memory.
     """
-    series = _series(catalog, release)
-    kept, left_out = leave_out(series, without)
-    version = wheelmeta.local_version(release, without)
+    chosen = tuple(dict.fromkeys(without))
+    check_names(release, _series(catalog, release), chosen, "build")
+    version = wheelmeta.local_version(release, chosen)
     path = given or find_wheel(release.wheel_file(_choose(release, arch)))
     say(f"vLLM {release.version}: building {version} from {path.name}")
     with Official.open(path, release) as official, unnamed(out) as made:
         wheel = _identified(official, path)
-        files = patched_files(official, kept)
+        patch_set = plan(catalog, release, official.find, chosen, _ways_out(release))
         overlay = Overlay((), {}, ())
-        if compiled := _compiled_parts(kept):
+        if compiled := patch_set.compiled:
             check_hash(path, HashedSource(official.file).finish(), wheel.size, release.wheel_file(wheel))
             overlay = build_overlay(official, wheel.arch, compiled, find_sdist or _no_sdist, native, say)
         additions = (_version_file(official, version), *overlay.additions)
-        plan = Modifications(
-            release, version, wheel, series, catalog.fixes, files, additions, without, left_out, overlay.info
-        )
+        mods = Modifications(patch_set, version, catalog.fixes, wheel=wheel, additions=additions, native=overlay.info)
         source = HashedSource(official.file)
-        sha256, copied = write_wheel(official, source, plan, made.file)
+        sha256, copied = write_wheel(official, source, mods, made.file)
         check_hash(path, source.finish(), wheel.size, release.wheel_file(wheel))
         if thorough:
             check_copies(official, made.file, copied)
         target = made.publish(wheelmeta.wheel_name(wheel, version))
-        size = target.stat().st_size
-    rows = tuple(FixRow(i, fix.slug, fix_result(plan, i), _why(plan, i)) for i, fix in catalog.fixes.items())
-    paths = tuple(change.path for change in files)
-    return Built(
-        release.version, version, str(target), sha256, size, wheel.file, rows, paths, len(copied), overlay.notes
-    )
+    return _built(mods, target, sha256, len(copied), overlay.notes)
 
 
-def _compiled_parts(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
-    """What of the patches, as they are to be applied, has to be compiled."""
-    parts = [replace(p, files=tuple(f for f in p.files if f.path in native_paths(p))) for p in patches]
-    return tuple(part for part in parts if part.files)
+def _built(mods: Modifications, target: Path, sha256: str, copied: int, notes: tuple[str, ...]) -> Built:
+    release, made_from = mods.patch_set.release, mods.wheel.file if mods.wheel else ""
+    rows = tuple(FixRow(i, fix.slug, fix_result(mods, i), _why(mods, i)) for i, fix in mods.fixes.items())
+    paths = tuple(change.path for change in mods.patch_set.changes)
+    size = target.stat().st_size
+    return Built(release.version, mods.version, str(target), sha256, size, made_from, rows, paths, copied, notes)
+
+
+def _ways_out(release: Release) -> str:
+    return f"make build PIN={release.version}    # without WHEEL=FILE: from the official wheel"
 
 
 def _no_sdist(release: Release) -> Path:
@@ -122,14 +118,15 @@ def _no_sdist(release: Release) -> Path:
     )
 
 
-def _why(plan: Modifications, fix_id: str) -> str:
+def _why(mods: Modifications, fix_id: str) -> str:
     """The files that were changed for a fix and those left out; without a patch, the release's own state."""
-    patch = next((patch for patch in plan.series.patches if patch.number == fix_id), None)
+    patch_set = mods.patch_set
+    patch = next((patch for patch in patch_set.series.patches if patch.number == fix_id), None)
     if patch is None:
-        state = plan.release.states[fix_id]
+        state = patch_set.release.states[fix_id]
         return f"{state.state.value} ({state.evidence})"
-    changed = ", ".join(change.path for change in plan.files if patch.name in change.patches)
-    left_out = ", ".join(plan.left_out.get(fix_id, ()))
+    changed = ", ".join(change.path for change in patch_set.changes if patch.name in change.patches)
+    left_out = ", ".join(patch_set.left_out.get(fix_id, ()))
     return "; ".join(filter(None, (changed, left_out and f"left out: {left_out}")))
 
 
@@ -160,30 +157,6 @@ def _series(catalog: Catalog, release: Release) -> Series:
     )
 
 
-def leave_out(series: Series, without: tuple[str, ...]) -> tuple[tuple[Patch, ...], dict[str, list[str]]]:
-    """The patches as they are to be applied, and by fix the files whose part is left out."""
-    known = [f"{patch.number}-native" for patch in series.patches if native_paths(patch)]
-    for name in without:
-        if name not in known:
-            raise PatchesError(
-                "nothing of that name can be left out",
-                file=series.name,
-                expected=", ".join(known) or "no WITHOUT: this series is Python only",
-                found=name,
-                next_command="make build",
-            )
-    left_out = {p.number: native_paths(p) for p in series.patches if f"{p.number}-native" in without}
-    kept = [
-        replace(p, files=tuple(f for f in p.files if f.path not in left_out.get(p.number, ()))) for p in series.patches
-    ]
-    return tuple(patch for patch in kept if patch.files), left_out
-
-
-def native_paths(patch: Patch) -> list[str]:
-    """The files of a patch that have to be compiled: whatever lies outside the package."""
-    return [file.path for file in patch.files if not file.path.startswith("vllm/")]
-
-
 def _choose(release: Release, arch: str) -> Wheel:
     wanted = arch or platform.machine()
     wheel = release.wheel_for(wanted)
@@ -199,88 +172,6 @@ def _choose(release: Release, arch: str) -> Wheel:
     return wheel
 
 
-@dataclass(frozen=True)
-class Official:
-    """An open official wheel: its members by name, and its RECORD, which agree about the files."""
-
-    file: int
-    release: Release
-    name: str
-    members: Mapping[str, Member]
-    rows: Mapping[str, Row]
-
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, path: Path, release: Release) -> Iterator[Official]:
-        """Open and look through *path*; raises `PatchesError` for what is no untouched wheel of *release*."""
-        try:
-            file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise PatchesError(
-                f"cannot read the wheel: {error.strerror}", file=str(path), next_command=f"ls -l {path}"
-            ) from error
-        try:
-            members = {member.name: member for member in read_members(file, path.name)}
-            _refuse_other(release, path, members)
-            record = members[wheelmeta.dist_info(release.version) + "RECORD"]
-            official = cls(
-                file, release, path.name, members, parse_record(read_data(file, record, path.name), path.name)
-            )
-            official._compare_names()
-            yield official
-        finally:
-            os.close(file)
-
-    @property
-    def info(self) -> str:
-        """The metadata folder, with its slash."""
-        return wheelmeta.dist_info(self.release.version)
-
-    def read(self, name: str) -> bytes:
-        """A small member's content, once it is what RECORD says."""
-        if name not in self.members:
-            raise damaged(self.name, f"a file {name}", "none")
-        data = read_data(self.file, self.members[name], self.name)
-        row = self.rows[name]
-        self.compare(name, hashlib.new(row.algorithm, data).digest())
-        return data
-
-    def compare(self, name: str, found: bytes) -> None:
-        """Raise unless *found* is the digest that RECORD has for *name*, and the sizes agree."""
-        row, size = self.rows[name], self.members[name].size
-        if row.digest != encoded(found) or row.size not in (None, size):
-            expected, has = f"{name} {row.digest}, {row.size} bytes", f"{encoded(found)}, {size} bytes"
-            raise damaged(self.name, f"what RECORD says: {expected}", has)
-
-    def _compare_names(self) -> None:
-        free = {self.info + name for name in ("RECORD", *_UNSIGNED)}
-        files = {name for name, member in self.members.items() if not member.is_folder} - free
-        hashed = {path for path, row in self.rows.items() if row.algorithm}
-        if signed := [name for name in _UNSIGNED if self.info + name in self.members]:
-            raise damaged(self.name, "a wheel without a signature, for a changed one would break it", signed[0])
-        for name in sorted(files ^ hashed):
-            expected = "every file in RECORD with its hash" if name in files else "every file that RECORD lists"
-            raise damaged(self.name, expected, f"{name}: {'no such row' if name in files else 'no such file'}")
-
-
-def _refuse_other(release: Release, path: Path, members: Iterable[str]) -> None:
-    """An already patched wheel, another package, or another release."""
-    folders = {name.split("/")[0] for name in members if ".dist-info/" in name}
-    if folders == {wheelmeta.dist_info(release.version).rstrip("/")}:
-        if wheelmeta.dist_info(release.version) + "RECORD" in members:
-            return
-        raise damaged(path.name, "a RECORD", "none")
-    patched = any(wheelmeta.MARK in folder for folder in folders)
-    raise PatchesError(
-        "the wheel is patched already; nothing was written" if patched else "the wheel is not of this release",
-        release=release.version,
-        file=str(path),
-        expected=f"the metadata folder vllm-{release.version}.dist-info",
-        found=", ".join(sorted(folders)) or "none",
-        next_command=f"make build PIN={release.version}    # from the official wheel",
-    )
-
-
 def _identified(official: Official, path: Path) -> Wheel:
     """The recorded wheel that *path* has the size of, whatever its name; its hash is for the caller to compare.
 
@@ -293,21 +184,6 @@ def _identified(official: Official, path: Path) -> Wheel:
         nearest = named[0] if named else _choose(release, "")
         check_hash(path, HashedSource(official.file).finish(), size, release.wheel_file(nearest))
     return fitting[0]
-
-
-def patched_files(official: Official, patches: tuple[Patch, ...]) -> tuple[FileChange, ...]:
-    """Every file of the wheel that the patches touch, before and after; each step is checked by blob id."""
-    inside = [replace(p, files=tuple(f for f in p.files if f.path.startswith("vllm/"))) for p in patches]
-    paths = list(dict.fromkeys(file.path for patch in inside for file in patch.files))
-    before = {path: official.read(path) for path in paths}
-    after = before
-    for patch in inside:
-        after = apply_patch(patch, after, release=official.release.version)
-    return tuple(FileChange(path, before[path], after[path], _touching(inside, path)) for path in paths)
-
-
-def _touching(patches: Iterable[Patch], path: str) -> tuple[str, ...]:
-    return tuple(patch.name for patch in patches if any(file.path == path for file in patch.files))
 
 
 def _version_file(official: Official, version: str) -> Addition:
@@ -341,13 +217,14 @@ def write_wheel(
 
 def _new_contents(official: Official, mods: Modifications) -> dict[str, bytes]:
     """By name of the member that it replaces, or by its own where it replaces none: every content that is new."""
-    info, licences = wheelmeta.dist_info(mods.version), wheelmeta.dist_info(mods.version) + "licenses/"
+    info = wheelmeta.dist_info(mods.version)
+    licences = {MODIFICATIONS: modifications_text(mods), NOTICE: notice_text(mods)}
     metadata = official.read(official.info + "METADATA")
-    new = {change.path: change.after for change in mods.files} | {a.path: a.data for a in mods.additions}
+    new = {change.path: change.after for change in mods.patch_set.changes} | {a.path: a.data for a in mods.additions}
     new[official.info + "METADATA"] = wheelmeta.patched_metadata(
-        metadata, official.release.version, mods.version, LICENCES
+        metadata, official.release.version, mods.version, tuple(licences)
     )
-    new |= dict(zip([licences + name for name in LICENCES], (modifications_text(mods), notice_text(mods)), strict=True))
+    new |= {f"{info}licenses/{name}": text for name, text in licences.items()}
     new[info + PATCHES_JSON] = patches_json(mods)
     return new
 

@@ -10,18 +10,22 @@ process is named by what it left behind. Exit status 0 says only that every case
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 # None of these reads a file that a patch touches, and importing them starts no thread that a fork would lose.
 PRELOAD = ("torch", "triton", "vllm.config")
+NO_END = "no end in time"
 
 
 def prepare_environment(tree: Path) -> None:
@@ -68,33 +72,51 @@ def write_result(path: Path, result: dict[str, object]) -> None:
     beside.replace(path)
 
 
-def run_case(name: str, release: str, tree: Path, path: Path, only: list[str]) -> None:
+@dataclass(frozen=True)
+class Run:
+    """What one process is to run: a case, or some of its checks, on a tree."""
+
+    case: str  # module in tests/repro/cases
+    release: str
+    tree: Path
+    out: Path  # folder for <case>.json, <case>.log and everything temporary
+    checks: tuple[str, ...] = ()  # in this order; empty: all of the case, in its order
+    first_fail: bool = False  # end with the first check that fails on an assertion
+    timeout: float = 300.0  # seconds
+
+    @property
+    def result(self) -> Path:
+        """The result file."""
+        return self.out / f"{self.case}.json"
+
+
+def run_case(run: Run) -> None:
     """Import the case and run its checks, one by one, in this process."""
-    result: dict[str, object] = {"case": name, "release": release, "checks": []}
+    result: dict[str, object] = {"case": run.case, "release": run.release, "checks": []}
     started = time.perf_counter()
-    write_result(path, result | {"running": "import"})
-    case = importlib.import_module(name).CASE
+    write_result(run.result, result | {"running": "import"})
+    case = importlib.import_module(run.case).CASE
     result["import_seconds"] = round(time.perf_counter() - started, 3)
-    result["stock_fails"] = case.stock_fails.get(release, {})
-    for check in only or list(case.checks):
-        write_result(path, result | {"running": check})
-        result["checks"].append(run_check(case, check, tree))  # type: ignore[attr-defined]
+    result["stock_fails"] = case.stock_fails.get(run.release, {})
+    for check in run.checks or case.checks:
+        write_result(run.result, result | {"running": check})
+        record = run_check(case, check, run.tree)
+        result["checks"].append(record)  # type: ignore[attr-defined]
+        if run.first_fail and record["outcome"] == "fail":
+            break
     result["seconds"] = round(time.perf_counter() - started, 3)
-    write_result(path, result | {"complete": True})
+    write_result(run.result, result | {"complete": True})
 
 
-def run_forked(name: str, options: argparse.Namespace, tree: Path) -> None:
+def run_forked(run: Run) -> None:
     """Run one case in a process of its own, which has this one's imports; record how that process ended."""
-    path = options.out / f"{name}.json"
-    write_result(path, {"running": "nothing yet"})
+    write_result(run.result, {"running": "nothing yet"})
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            log = os.open(options.out / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            run_case(name, options.release, tree, path, options.only)
+            own_session(run)
+            run_case(run)
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -102,9 +124,22 @@ def run_forked(name: str, options: argparse.Namespace, tree: Path) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    ending = wait_for(pid, time.monotonic() + options.timeout)
-    record = json.loads(path.read_text(encoding="utf-8"))
-    write_result(path, record | {"ending": ending})
+    try:
+        ending = wait_for(pid, time.monotonic() + run.timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # whatever it has started
+    record = json.loads(run.result.read_text(encoding="utf-8"))
+    write_result(run.result, record | {"ending": ending})
+
+
+def own_session(run: Run) -> None:
+    """In the forked process: its output goes to the log, its temporary files to *out*, for it ends by _exit."""
+    os.setsid()
+    log = os.open(run.out / f"{run.case}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ["TMPDIR"] = tempfile.tempdir = str(run.out)
 
 
 def wait_for(pid: int, deadline: float) -> str:
@@ -117,7 +152,7 @@ def wait_for(pid: int, deadline: float) -> str:
         time.sleep(0.02)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    return "no end in time"
+    return NO_END
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,14 +165,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], help="run this check alone (repeatable)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one case")
     options = parser.parse_args(argv)
-    tree = options.tree.resolve()
+    tree, checks = options.tree.resolve(), tuple(options.only)
+    start(tree, options.release)
+    for name in options.cases:
+        run_forked(Run(name, options.release, tree, options.out, checks, timeout=options.timeout))
+    return 0
+
+
+def start(tree: Path, release: str) -> None:
+    """Make this process ready to fork off cases: environment, path and the imports that all of them need."""
     prepare_environment(tree)
-    os.environ["VLLM_PATCHES_RELEASE"] = options.release
+    os.environ["VLLM_PATCHES_RELEASE"] = release
     for module in PRELOAD:
         importlib.import_module(module)
-    for name in options.cases:
-        run_forked(name, options, tree)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,179 +1,248 @@
 """Wrong half-fixes against the proofs: every one must be caught by a check that names it (`make mutants`).
 
-Two kinds. The listed mutants of ``mutants/<fix>.toml`` are half-fixes that somebody might write. The deletions are made
-here: each line that a patch adds is taken out alone, unless it is blank or a comment. A mutant is killed when a check
-fails on its own assertion; a tree that cannot even be imported is killed as well, and said to be ("broken"). What
-survives must be listed as equivalent, with the reason.
+A mutant is killed when a check fails on its own assertion: a listed one when every check does that its row names, a
+deletion when any does. A tree on which the case only errors or dies ("broken") and one on which it does not end in
+time ("hangs") are told as well, for neither is ever a pass, and are counted apart; a listed mutant has to be killed.
+What survives must be listed as equivalent, with the reason, and what is listed so must survive every check.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import shutil
+import os
 import subprocess
 import sys
-import tempfile
-import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import proof
-from proof import HERE, Side, proof_trees, run_cases
-from vllm_patches.catalog import open_catalog
-from vllm_patches.hunks import index_of
-from vllm_patches.model import FilePatch, Fix, Release
+from child import NO_END
+from mutations import Mutant, mutants_of
+from proof import HERE, Side, case_module, proof_trees, read_side
+from vllm_patches import cache, git
+from vllm_patches.catalog import Catalog, open_catalog
+from vllm_patches.render import table
+
+TIMEOUT = 60.0  # seconds for one mutant; the slowest case takes ten
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """One wrong tree: *file* with *text* instead of the patched one."""
+class Result(Enum):
+    """What became of a mutant."""
 
-    fix: str
-    release: str
-    name: str
-    file: str
-    text: str
-    killed_by: tuple[str, ...] = ()  # empty: any check may kill it
-    equivalent: str = ""  # why no check can tell it from the patch
+    KILLED = "killed"  # failed on an assertion: by every check that its row names, or by one if none is named
+    BROKEN = "broken"  # told, but by no assertion: it cannot be compiled or imported, or every failed check errs
+    HANGS = "hangs"  # told by the time limit
+    EQUIVALENT = "equivalent"  # no check can tell it, and the table says why
+    SURVIVED = "survived"  # no check told it, or not each of those that the row names
+    NOT_EQUIVALENT = "not equivalent"  # a check told what the table calls equivalent
+
+
+FINE = (Result.KILLED, Result.BROKEN, Result.HANGS, Result.EQUIVALENT)
+FINE_IF_LISTED = (Result.KILLED, Result.EQUIVALENT)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: killed, broken (no import), equivalent, or survived."""
+    """A mutant's end; *by* is the check that told it, or the reason."""
 
-    fix: str
-    release: str
-    name: str
-    result: str
+    mutant: Mutant
+    result: Result
     by: str
 
     @property
     def fine(self) -> bool:
-        """True unless the proof let the mutant through, or calls one equivalent that it can tell."""
-        return self.result in ("killed", "broken", "equivalent")
+        """Whether the proof did with the mutant what it has to."""
+        return self.result in (FINE_IF_LISTED if self.mutant.killed_by else FINE)
+
+    def __str__(self) -> str:
+        return f"{self.result.value:<14} {self.mutant.fix} {self.mutant.release} {self.mutant.name}  [{self.by}]"
 
 
-def listed_mutants(fix: Fix, release: Release, tree: Path) -> Iterator[Mutant]:
-    """The half-fixes of ``mutants/<fix>.toml`` that are written for this release."""
-    table = HERE / "mutants" / f"{fix.id}.toml"
-    for row in tomllib.loads(table.read_text(encoding="utf-8")).get("mutant", []):
-        if release.version not in row["releases"]:
-            continue
-        text = (tree / row["file"]).read_text(encoding="utf-8")
-        if text.count(row["find"]) != 1:
-            raise SystemExit(f"{table.name}: {row['name']}: 'find' occurs {text.count(row['find'])} times, not once")
-        mutated = text.replace(row["find"], row["replace"])
-        killed_by, equivalent = tuple(row.get("killed_by", ())), row.get("equivalent", "")
-        yield Mutant(fix.id, release.version, row["name"], row["file"], mutated, killed_by, equivalent)
-
-
-def deletions(fix: Fix, release: Release, tree: Path) -> Iterator[Mutant]:
-    """One mutant for each line of code that the patch adds."""
-    series = open_catalog().series_of(release)
-    excused = _excused(fix)
-    for patch in series.patches:
-        if patch.number != fix.id:
-            continue
-        for file in patch.files:
-            lines = (tree / file.path).read_text(encoding="utf-8").splitlines(keepends=True)
-            for number in _added(file, lines):
-                code = lines[number].strip()
-                text = "".join(lines[:number] + lines[number + 1 :])
-                name = f"without {file.path}:{number + 1}: {code}"
-                yield Mutant(fix.id, release.version, name, file.path, text, (), excused.get(code, ""))
-
-
-def _excused(fix: Fix) -> dict[str, str]:
-    """Lines whose deletion changes nothing that can be told, with the reason."""
-    table = tomllib.loads((HERE / "mutants" / f"{fix.id}.toml").read_text(encoding="utf-8"))
-    return {row["line"].strip(): row["reason"] for row in table.get("equivalent_line", [])}
-
-
-def _added(file: FilePatch, lines: list[str]) -> Iterator[int]:
-    """Indexes in the patched file of the added lines that hold code."""
-    for hunk in file.hunks:
-        at = index_of(hunk.new_start, hunk.new_count)
-        for line in hunk.lines:
-            if line[:1] == b"+" and not _is_comment(lines[at].strip()):
-                yield at
-            at += line[:1] != b"-"
-
-
-def _is_comment(code: str) -> bool:
-    return not code or code.startswith(("#", "//")) or code in (")", "}", "(", "{", "],", "),")
-
-
-def judge(fix: Fix, mutant: Mutant, patched: Path) -> Verdict:
-    """Run the case on the mutated tree."""
-    with tempfile.TemporaryDirectory(prefix=".mutant-", dir=proof.BUILD) as scratch:
-        tree = Path(scratch) / "tree"
-        subprocess.run(["cp", "-al", str(patched), str(tree)], check=True)
-        target = tree / mutant.file
-        target.unlink()  # never write through the link
-        target.write_text(mutant.text, encoding="utf-8")
-        side = run_cases((fix,), mutant.release, "mutant", tree, mutant.killed_by)[fix.id]
-        shutil.rmtree(tree)
-    result, by = _result(side)
-    if mutant.equivalent:
-        result = "equivalent" if result == "survived" else "not equivalent"
-        by = by or mutant.equivalent
-    return Verdict(mutant.fix, mutant.release, mutant.name, result, by)
-
-
-def _result(side: Side) -> tuple[str, str]:
+def judge(mutant: Mutant, side: Side) -> Verdict:
+    """What the outcomes of a run say about the mutant."""
     failed = [f"{check} ({outcome})" for check, outcome in side.outcomes.items() if outcome.startswith("fail: ")]
-    if failed:
-        return "killed", "; ".join(failed[:2])
     wrong = [f"{check} ({outcome[:80]})" for check, outcome in side.outcomes.items() if outcome != "pass"]
-    if wrong or side.trouble:
-        return "broken", (wrong or [side.trouble.splitlines()[-1]])[0]
-    return "survived", ""
+    by = (failed or wrong or side.trouble.splitlines()[:1] or [""])[0]
+    if mutant.equivalent:
+        return Verdict(mutant, Result.NOT_EQUIVALENT if by else Result.EQUIVALENT, by or mutant.equivalent)
+    if mutant.killed_by:
+        spared = [name for name in mutant.killed_by if not side.outcomes.get(name, "not run").startswith("fail: ")]
+        if spared:
+            said = "; ".join(f"{name}: {side.outcomes.get(name, 'not run')[:80]}" for name in spared)
+            return Verdict(mutant, Result.SURVIVED, said)
+    if failed:
+        return Verdict(mutant, Result.KILLED, by)
+    if side.trouble.startswith(NO_END):
+        return Verdict(mutant, Result.HANGS, by)
+    return Verdict(mutant, Result.BROKEN if by else Result.SURVIVED, by)
+
+
+def judge_all(version: str, mutants: list[Mutant], case_of: dict[str, str]) -> Iterator[Verdict]:
+    """Verdicts on mutants of one release as they come; what Python cannot compile needs no run."""
+    to_run = []
+    for mutant in mutants:
+        if error := mutant.syntax_error:
+            yield judge(mutant, Side(version, "mutant", {}, {}, {}, error, 0.0))
+        else:
+            to_run.append(mutant)
+    if to_run:
+        with cache.scratch(proof.BUILD, ".mutant-") as scratch:
+            for mutant, side in _run(version, to_run, case_of, scratch):
+                yield judge(mutant, side)
+
+
+def _run(version: str, mutants: list[Mutant], case_of: dict[str, str], scratch: Path) -> Iterator[tuple[Mutant, Side]]:
+    """Each mutant and what the case said on it, from a process that changes a linked copy of the patched tree."""
+    tree, out = scratch / "tree", scratch / "out"
+    subprocess.run(["cp", "-al", str(proof_trees(version)[1]), str(tree)], check=True)
+    out.mkdir()
+    jobs, errors = scratch / "jobs.jsonl", scratch / "errors"
+    jobs.write_text("".join(_job(number, m, case_of) for number, m in enumerate(mutants)), encoding="utf-8")
+    command = [sys.executable, str(HERE / "mutant_child.py"), "--tree", str(tree), "--release", version]
+    command += ["--out", str(out), "--timeout", str(TIMEOUT)]
+    with jobs.open() as given, errors.open("w") as said:
+        child = subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, stderr=said, cwd=scratch, text=True)
+        done = 0
+        for line in child.stdout or ():
+            mutant = mutants[int(line)]
+            yield mutant, read_side(version, "mutant", out / line.strip() / case_of[mutant.fix])
+            done += 1
+    if child.wait() or done != len(mutants):
+        tail = errors.read_text(encoding="utf-8", errors="replace")[-3000:]
+        raise SystemExit(
+            f"{version}: {done} of {len(mutants)} mutants were run; exit status {child.returncode}\n{tail}"
+        )
+
+
+def _job(number: int, mutant: Mutant, case_of: dict[str, str]) -> str:
+    job = {
+        "number": number,
+        "case": case_of[mutant.fix],
+        "file": mutant.file,
+        "text": mutant.text,
+        "checks": mutant.killed_by,
+        "all": bool(mutant.equivalent),
+    }
+    return json.dumps(job) + "\n"
+
+
+def choose(catalog: Catalog, options: argparse.Namespace) -> Iterator[tuple[str, list[Mutant]]]:
+    """The mutants of each series, those of one file beside each other."""
+    versions = options.pin or [name.removeprefix("v") for name in catalog.series]
+    fixes = [fix for fix in catalog.fixes.values() if not options.fix or fix.id in options.fix]
+    for version in versions:
+        series = catalog.series_of(catalog.release(version))
+        carried = {patch.number for patch in series.patches}
+        tree = proof_trees(version)[1]
+        found = [
+            mutant
+            for fix in fixes
+            if fix.id in carried
+            for mutant in mutants_of(fix, series, tree, listed_only=options.listed)
+        ]
+        yield version, sorted(found, key=lambda mutant: (mutant.fix, mutant.file))
+
+
+def tell(version: str, mutants: list[Mutant], case_of: dict[str, str]) -> list[Verdict]:
+    """Print each verdict as it comes."""
+    verdicts = []
+    for verdict in judge_all(version, mutants, case_of):
+        print(verdict, file=sys.stderr, flush=True)
+        verdicts.append(verdict)
+    return verdicts
+
+
+def counts(verdicts: list[Verdict]) -> dict[str, int]:
+    """How many of each result that there is, and of all."""
+    found = Counter(verdict.result for verdict in verdicts)
+    return {result.value: found[result] for result in Result if found[result]} | {"total": len(verdicts)}
+
+
+def by_cell(verdicts: list[Verdict]) -> dict[str, dict[str, dict[str, int]]]:
+    """fix -> release -> counts."""
+    cells: dict[str, dict[str, list[Verdict]]] = {}
+    for verdict in verdicts:
+        cells.setdefault(verdict.mutant.fix, {}).setdefault(verdict.mutant.release, []).append(verdict)
+    return {
+        fix: {release: counts(found) for release, found in sorted(releases.items())}
+        for fix, releases in sorted(cells.items())
+    }
+
+
+def _table(verdicts: list[Verdict]) -> str:
+    rows = [("fix", "release", *(result.value for result in Result), "total")]
+    for fix, releases in by_cell(verdicts).items():
+        for release, found in releases.items():
+            rows.append((fix, release, *(str(found.get(result.value, 0)) for result in Result), str(found["total"])))
+    return table(rows)
+
+
+def tested_commit() -> str:
+    """The commit of this checkout; what is not committed cannot be named in a record: an error."""
+    if changed := git.status(proof.ROOT):
+        raise SystemExit(f"error: a record names a commit, but there are changes: {changed[0]}\n  next:     git status")
+    return git.rev_parse(proof.ROOT, "HEAD") or "none"
+
+
+def record(path: Path, commit: str, verdicts: list[Verdict]) -> None:
+    """Write the counts of a whole run of *commit*, with the date and the CPU seconds of all its processes."""
+    cells = {
+        fix: {
+            release: ", ".join(f"{count} {name}" for name, count in found.items()) for release, found in of_fix.items()
+        }
+        for fix, of_fix in by_cell(verdicts).items()
+    }
+    data = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit,
+        "cpu_seconds": round(sum(os.times()[:4])),
+        "all": counts(verdicts),
+        "fixes": cells,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> int:
-    """Print every mutant that is not simply killed, and the counts; exit status 1 if one survived."""
+    """Print every verdict and the counts; exit status 1 if one is not as it has to be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pin", action="append", help="only this release (repeatable); default: every series'")
     parser.add_argument("--fix", action="append", help="only this fix (repeatable)")
     parser.add_argument("--listed", action="store_true", help="only the listed half-fixes")
-    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="releases side by side")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the counts of a whole run to this file")
     options = parser.parse_args()
-    work = list(_work(options))
-    with ThreadPoolExecutor(options.jobs) as pool:
-        verdicts = list(pool.map(lambda item: _judge_and_tell(*item), work))
-    killed = sum(verdict.result in ("killed", "broken") for verdict in verdicts)
-    equivalent = sum(verdict.result == "equivalent" for verdict in verdicts)
-    if options.json:
-        print(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
-    print(f"{killed} killed, {equivalent} equivalent, of {len(verdicts)}", file=sys.stderr)
-    return 0 if verdicts and all(verdict.fine for verdict in verdicts) else 1
-
-
-def _work(options: argparse.Namespace) -> Iterator[tuple[Fix, Mutant, Path]]:
+    if options.record and (options.pin or options.fix or options.listed):
+        parser.error("--record is for a whole run, without --pin, --fix and --listed")
+    commit = tested_commit() if options.record else ""
     catalog = open_catalog()
-    for version in options.pin or [name.removeprefix("v") for name in catalog.series]:
-        release = catalog.release(version)
-        carried = {patch.number for patch in catalog.series_of(release).patches}
-        patched = proof_trees(version)[1]
-        for fix in catalog.fixes.values():
-            if fix.id not in carried or (options.fix and fix.id not in options.fix):
-                continue
-            for mutant in listed_mutants(fix, release, patched):
-                yield fix, mutant, patched
-            for mutant in () if options.listed else deletions(fix, release, patched):
-                yield fix, mutant, patched
+    case_of = {fix.id: case_module(fix) for fix in catalog.fixes.values()}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        found = list(pool.map(lambda chosen: tell(*chosen, case_of), list(choose(catalog, options))))
+    verdicts = [verdict for of_release in found for verdict in of_release]
+    wrong = [verdict for verdict in verdicts if not verdict.fine]
+    if options.json:
+        print(json.dumps([_row(verdict) for verdict in verdicts], indent=1))
+    else:
+        print(_table(verdicts))
+        print("\n".join(map(str, wrong)))
+    print(", ".join(f"{count} {name}" for name, count in counts(verdicts).items()), file=sys.stderr)
+    if options.record:
+        record(options.record, commit, verdicts)
+    return 0 if verdicts and not wrong else 1
 
 
-def _judge_and_tell(fix: Fix, mutant: Mutant, patched: Path) -> Verdict:
-    verdict = judge(fix, mutant, patched)
-    print(
-        f"{verdict.result:<14} {mutant.fix} {mutant.release} {mutant.name}  [{verdict.by}]", file=sys.stderr, flush=True
-    )
-    return verdict
+def _row(verdict: Verdict) -> dict[str, str]:
+    mutant = verdict.mutant
+    said = {"fix": mutant.fix, "release": mutant.release, "name": mutant.name}
+    return said | {"result": verdict.result.value, "by": verdict.by}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The proof of one fix on one release: the same repro on the stock and on the patched tree, each in its own process.
 
-Only the pair counts: stock fails on the assertions that the case names for this release, and on nothing else;
+Only the pair counts: stock fails on the assertions that expected.toml names for this release, and on nothing else;
 patched passes every check. Where upstream has the fix, or the code is not there, stock passes every check. An error, a
 skip, a time-out, a crash on import, a check that did not run: each is a failed proof, whatever the rest says.
 """
@@ -45,7 +45,7 @@ class Side:
     side: str  # "stock" or "patched"
     outcomes: dict[str, str]
     where: dict[str, str]  # check to file:line of the defect it met
-    stock_fails: dict[str, str]  # check to the assertion id that the case wants of this release's stock tree
+    stock_fails: dict[str, str]  # check to the assertion id that is wanted of this release's stock tree
     trouble: str  # why the run as a whole cannot be judged; empty if it can
     seconds: float
 
@@ -111,21 +111,21 @@ def sides(version: str, side: str) -> dict[str, Side]:
     return run_cases(tuple(open_catalog().fixes.values()), version, side, stock if side == "stock" else patched)
 
 
-def run_cases(
-    fixes: tuple[Fix, ...], version: str, side: str, tree: Path, only: tuple[str, ...] = ()
-) -> dict[str, Side]:
-    """Run the cases of *fixes*, or some of their checks, on *tree*: each in a new process."""
+def run_cases(fixes: tuple[Fix, ...], version: str, side: str, tree: Path) -> dict[str, Side]:
+    """Run the cases of *fixes* on *tree*, each in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="proof-") as scratch:
         command = [sys.executable, str(HERE / "child.py"), *map(case_module, fixes), "--tree", str(tree)]
         command += ["--release", version, "--out", scratch, "--timeout", str(TIMEOUT)]
-        command += [word for name in only for word in ("--only", name)]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=False)
         tail = (done.stdout + done.stderr)[-2000:] if done.returncode else ""
-        return {fix.id: _read_side(version, side, Path(scratch) / case_module(fix), tail) for fix in fixes}
+        return {fix.id: read_side(version, side, Path(scratch) / case_module(fix), tail) for fix in fixes}
 
 
-def _read_side(version: str, side: str, path: Path, tail: str) -> Side:
-    """The result file of one case; without a complete one the run cannot be judged, and says why."""
+def read_side(version: str, side: str, path: Path, tail: str = "") -> Side:
+    """The result file of one case; without a complete one the run cannot be judged, and says why.
+
+    *path* has no suffix; *tail* is said where the case has left no log.
+    """
     result, log = path.with_suffix(".json"), path.with_suffix(".log")
     record: dict[str, Any] = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {}
     checks = record.get("checks", [])
@@ -214,7 +214,10 @@ def main() -> int:
     chosen = [fix for fix in catalog.fixes.values() if fix.id in (options.fix or catalog.fixes)]
     proofs = [prove(catalog, fix, catalog.release(version)) for version in versions for fix in chosen]
     if options.json:
-        print(json.dumps([asdict(p) | {"complaints": p.complaints} for p in proofs], indent=1))
+        heads = {version: catalog.release(version).head for version in versions}  # which series it was
+        print(
+            json.dumps([asdict(p) | {"head": heads[p.release], "complaints": p.complaints} for p in proofs], indent=1)
+        )
     else:
         print(_table(proofs))
         print("\n".join(f"{p.fix} on {p.release}: {text}" for p in proofs for text in p.complaints))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import py_compile
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from vllm_patches import install as installing
 from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
 from vllm_patches.install import Installed, InstallOutcome, uninstall
+from vllm_patches.verify import verify
 
 TOUCHED = (ENGINE, KERNEL, WORKER)
 
@@ -132,7 +134,12 @@ def test_patches_json(catalog: Catalog, site: Path) -> None:
 def test_the_notice_of_change_names_every_file(catalog: Catalog, site: Path) -> None:
     install(catalog, site)
     text = (site / "vllm-0.20.2.dist-info" / "MODIFICATIONS").read_text()
-    assert all(name in text for name in TOUCHED) and "0003-mla-flat-buffer.patch" in text and "#1" in text
+    assert (
+        all(name in text for name in TOUCHED)
+        and "0003-mla-flat-buffer.patch" in text
+        and "vllm/pull/1\n" in text
+        and "not affiliated" in text
+    )
 
 
 def test_uninstall_restores_every_byte_mode_and_time(catalog: Catalog, site: Path) -> None:
@@ -335,6 +342,30 @@ def test_a_file_that_another_package_owns_is_refused(catalog: Catalog, site: Pat
     refused(catalog, site, "vllm_overlay-1.0", KERNEL)
     (other / "RECORD").write_text(f"{KERNEL}.bak,,\n")
     assert install(catalog, site).outcome is InstallOutcome.INSTALLED
+
+
+def test_another_package_that_has_put_its_file_over_a_patched_one(catalog: Catalog, site: Path) -> None:
+    """Told by `verify`, and never undone: the file is theirs."""
+    pristine = snapshot(site)
+    install(catalog, site)
+    (site / KERNEL).unlink()
+    (site / KERNEL).write_bytes(b"theirs\n")
+    other = site / "vllm_overlay-1.0.dist-info"
+    other.mkdir()
+    (other / "RECORD").write_text(f"{KERNEL},,\n")
+    before = snapshot(site)
+    assert any(KERNEL in problem for problem in verify(catalog, site).problems)
+    for action in (lambda: restore(site), lambda: install(catalog, site)):
+        with pytest.raises(PatchesError, match="changed after the patches went in") as caught:
+            action()
+        assert f"{KERNEL}: also listed by vllm_overlay-1.0" in caught.value.found
+        assert snapshot(site) == before
+    subprocess.run(caught.value.next_command.partition("#")[0], shell=True, check=True)
+    shutil.rmtree(other)
+    restore(site)
+    assert (site / f"{KERNEL}.mine").read_bytes() == b"theirs\n"
+    (site / f"{KERNEL}.mine").unlink()
+    assert snapshot(site) == pristine
 
 
 def test_a_folder_that_leads_out_of_the_site_is_refused(catalog: Catalog, site: Path, tmp_path: Path) -> None:

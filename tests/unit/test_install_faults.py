@@ -1,20 +1,35 @@
 """Faults of in-place installs: killed before any change on disk or in the middle of a write, full and read-only disks.
 
-SIGKILL keeps what the kernel has, so the fsyncs themselves are not tested here: that needs a machine to lose power.
+SIGKILL keeps what the kernel has. For a power cut the order of writes, fsyncs and renames is held against rules that
+make one harmless; that the disk keeps its word is not tested here.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import resource
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from installs import ENGINE, KERNEL, WORKER, in_child, killed_at, make_catalog, put_in, snapshot, sources, told_by_child
+from durability import Disk
+from installs import (
+    ENGINE,
+    KERNEL,
+    WORKER,
+    become_nobody,
+    in_child,
+    killed_at,
+    make_catalog,
+    put_in,
+    snapshot,
+    sources,
+    told_by_child,
+)
 from vllm_patches import install as installing
 from vllm_patches import swap
 from vllm_patches.catalog import Catalog
@@ -194,25 +209,32 @@ def test_no_space_is_an_error_and_leaves_nothing(world: World, size: int) -> Non
     assert "no space left" in message and "df -h" in message
 
 
+@pytest.mark.parametrize("staged", range(1, 7))  # the journal, three files, patches.json, MODIFICATIONS
+def test_a_full_device_is_an_error_and_leaves_nothing(
+    world: World, staged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own ENOSPC, out of /dev/full in the place of the n-th new file."""
+    site, real, left = world.fresh(), os.open, [staged]
+
+    def full(path: object, flags: int, *rest: int, **more: int) -> int:
+        if flags & os.O_EXCL:
+            left[0] -= 1
+            if not left[0]:
+                return real("/dev/full", os.O_WRONLY)
+        return real(path, flags, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(PatchesError, match="no space left") as caught:
+        install(world.catalog, site)
+    monkeypatch.undo()
+    assert left[0] == 0 and os.strerror(errno.ENOSPC) in caught.value.found
+    assert snapshot(site) == world.pristine
+
+
 def test_uninstall_needs_no_space(world: World) -> None:
     site = world.installed()
     assert in_child(lambda: restore(site), limit_files(0, deadly=True)) == 0
     assert snapshot(site) == world.pristine
-
-
-def become_nobody() -> None:
-    """Permissions do not bind root; whoever is not root stays who they are."""
-    if os.geteuid() == 0:
-        os.setegid(65534)
-        os.seteuid(65534)
-
-
-@pytest.fixture
-def reachable() -> Iterator[Path]:
-    """A folder that other users reach, unlike pytest's own."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
 
 
 @pytest.mark.parametrize("locked_folder", ["vllm-0.20.2.dist-info", "vllm/ops", "vllm"])
@@ -269,6 +291,57 @@ def test_a_second_one_waits_and_says_so(world: World) -> None:
         assert snapshot(site) == world.pristine
     done.join(10)
     assert snapshot(site, times=False) == world.patched
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(world: World, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No disk of a test lacks them, so the call is made to fail. Where nobody can write, who reads needs no lock."""
+    fresh, done = world.fresh(), world.installed()
+
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for action in (lambda: install(world.catalog, fresh), lambda: restore(done)):
+        with pytest.raises(PatchesError, match="has no locks") as caught:
+            action()
+        assert "findmnt" in caught.value.next_command and os.strerror(code) in caught.value.found
+    assert verify(world.catalog, done).ok
+    assert snapshot(fresh) == world.pristine
+    assert snapshot(done, times=False) == world.patched
+
+
+def test_another_error_of_the_lock_is_not_hidden(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(handle: int, operation: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        install(world.catalog, world.fresh())
+
+
+def test_a_power_cut_at_any_moment_finds_the_journal_and_whole_files(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = world.fresh()
+    state = site / "vllm-0.20.2.dist-info" / "vllm-patches"
+    disk = Disk(monkeypatch)
+    install(world.catalog, site)
+    disk.check()
+    named = disk.named()
+    assert named[0] == state / "installing.json" and named[-1] == state / "installed.json"
+    assert named[-2] == site / "vllm-0.20.2.dist-info" / "RECORD"
+    first_live = min(named.index(site / name) for name in (ENGINE, KERNEL, WORKER))
+    kept = {state / "original" / name for name in (ENGINE, KERNEL, WORKER, "vllm-0.20.2.dist-info/RECORD")}
+    assert kept < set(named[:first_live])  # every original is safe before the first file goes
+
+    disk = Disk(monkeypatch)
+    restore(site)
+    disk.check()
+    assert disk.named()[0] == state / "uninstalling.json"
+    assert disk.removed()[-1] == state / "uninstalling.json"
+    monkeypatch.undo()
+    assert snapshot(site) == world.pristine
 
 
 def test_an_interrupted_install_is_rolled_back_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

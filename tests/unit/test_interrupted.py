@@ -222,7 +222,10 @@ def _interrupt(world: World, *arguments: object, at: int, how: str = "wait") -> 
             assert process.poll() is None
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        try:
+            _, err = process.communicate(timeout=20)
+        finally:
+            process.kill()  # one that did not hear would be waited for without end
     return process.returncode, err
 
 
@@ -269,7 +272,10 @@ def test_ctrl_c_while_waiting(world: World) -> None:
             assert process.stderr
             assert process.stderr.readline() == f"waiting for another apply in {world.build}\n"
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 130
+            try:
+                assert process.wait(20) == 130
+            finally:
+                process.kill()  # a process that did not hear would be waited for without end
     assert sorted(path.name for path in world.build.iterdir()) == [".lock"]
 
 

@@ -207,6 +207,29 @@ def test_what_is_missing_is_said_with_the_two_ways_out(
     assert not any((tmp_path / "dist").iterdir())
 
 
+def test_for_rocm_the_way_is_upstreams_own_build(world: WheelWorld, tools: Path, tmp_path: Path) -> None:
+    (tools / "torch" / "version.py").write_text(
+        "__version__ = '2.10.0+rocm7.0'\ncuda: Optional[str] = None\nhip: Optional[str] = '7.0.51831'\n"
+    )
+    with pytest.raises(PatchesError) as caught:
+        build(world, tools, tmp_path / "dist")
+    assert caught.value.found.startswith("ROCm 7.0.51831 at ")
+    assert "MODE=source PIN=0.20.2 VLLM_TARGET_DEVICE=rocm" in caught.value.next_command
+
+
+def test_what_nvcc_warns_of_is_passed_on(world: WheelWorld, tools: Path, tmp_path: Path) -> None:
+    script = (tools / "nvcc").read_text()
+    (tools / "nvcc").write_text(
+        script.replace("unit = ", 'print("cache.cu(3): warning: lanes", file=sys.stderr)\nunit = ', 1)
+    )
+    said: list[str] = []
+    build_wheel(
+        world.catalog, world.release, lambda wanted: world.official, tmp_path / "dist", said.append,
+        given=world.official, find_sdist=lambda release: world.sdist, native=NativeOptions(torch=tools / "torch"),
+    )  # fmt: skip
+    assert "nvcc: cache.cu(3): warning: lanes" in said
+
+
 def test_a_compile_error_is_shown_and_leaves_nothing(world: WheelWorld, tools: Path, tmp_path: Path) -> None:
     write_tool(tools, "nvcc", "12.8.93", fail="fatal error: cusparse.h: No such file")
     with pytest.raises(PatchesError) as caught:

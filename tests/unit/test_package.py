@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -14,41 +16,26 @@ from pathlib import Path
 
 import pytest
 from installs import KERNEL, make_catalog, make_wheel, patched, put_in, sources
+from plainvenv import ROOT, make_environment, pip, project_copy, run, site_of
 from vllm_patches import api, catalog, cli
+from wheelworld import make_world
+from world import World
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILT_FROM = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE", "ci/build_backend.py")
 
-
-def project_copy(folder: Path) -> Path:
-    """This project as a checkout has it, with the catalogue of these tests."""
-    for name in BUILT_FROM:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    make_catalog(folder / "patches")
+def project_with_catalog(folder: Path) -> Path:
+    """This project with the catalogue of these tests."""
+    make_catalog(project_copy(folder) / "patches")
     return folder
-
-
-def run(*command: str | Path, code: int = 0, cwd: Path | None = None) -> str:
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VLLM_PATCHES", "VIRTUAL"))}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == code, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-def pip(environment: Path, *arguments: str | Path, code: int = 0) -> str:
-    return run(environment / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check", *arguments, code=code)
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain environment with this project's command in it, installed from its wheel out of its sdist."""
     folder = tmp_path_factory.mktemp("package")
-    run(sys.executable, "-m", "venv", folder / "env")
-    pip(folder / "env", "install", "--no-deps", project_copy(folder / "project"))
+    environment = make_environment(folder / "env")
+    pip(environment, "install", project_with_catalog(folder / "project"))
     shutil.rmtree(folder / "project")  # the installed command needs no checkout
-    return folder / "env"
+    return environment
 
 
 def test_the_three_lines_of_a_dockerfile(environment: Path, tmp_path: Path) -> None:
@@ -57,7 +44,7 @@ def test_the_three_lines_of_a_dockerfile(environment: Path, tmp_path: Path) -> N
     assert "NOT VERIFIED" in run(command, "verify", code=1)
     run(command, "install")
     assert "all fixes that this vLLM needs are in" in run(command, "verify")
-    (site,) = environment.glob("lib/python3*/site-packages")
+    site = site_of(environment)
     assert (site / KERNEL).read_bytes() == patched("v0.20.2", sources("0.20.2"))[KERNEL]
     run(command, "verify", environment)
 
@@ -82,8 +69,15 @@ def test_nothing_is_left_after_pip_uninstall(environment: Path, tmp_path: Path) 
     pip(environment, "install", "--no-deps", make_wheel(tmp_path, "0.20.2"))
     run(environment / "bin" / "vllm-patches", "install")
     pip(environment, "uninstall", "--yes", "vllm")
-    (site,) = environment.glob("lib/python3*/site-packages")
+    site = site_of(environment)
     assert not (site / "vllm").exists() and not list(site.glob("vllm-*"))
+
+
+def test_it_brings_nothing_and_misses_nothing(environment: Path) -> None:
+    """An image in which `pip check` was silent stays so."""
+    listed = run(environment / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "list", "--format=freeze")
+    assert {line.partition("==")[0] for line in listed.split()} <= {"pip", "setuptools", "vllm-patches"}
+    pip(environment, "check")
 
 
 def test_the_installed_command_has_its_own_catalogue(environment: Path) -> None:
@@ -92,10 +86,23 @@ def test_the_installed_command_has_its_own_catalogue(environment: Path) -> None:
     assert Path(folder).is_relative_to(environment) and pins == "2"
 
 
+def test_the_installed_command_makes_dist(environment: Path, world: World) -> None:
+    """Its script's template and the licences are in the package; the fake sdist has no CMake files to read."""
+    command = [environment / "bin" / "vllm-patches", "dist", "--pin", "0.20.2", "--sdist", world.sdist()]
+    command += ["--channel", "dockerfile", "--out", world.root / "out"]
+    env = {key: value for key, value in world.env.items() if key != "PYTHONPATH"}
+    done = subprocess.run([*map(str, command)], cwd=world.root, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (made,) = (world.root / "out").iterdir()
+    assert (made / "NOTICE").read_bytes() == (ROOT / "NOTICE").read_bytes()
+    assert (made / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert (made / "0.20.2" / "vllm-0.20.2-patches.sh").read_text(encoding="utf-8").startswith("#!/bin/sh")
+
+
 def test_archives_have_the_same_bytes_everywhere(tmp_path: Path) -> None:
     hashes = []
     for number, (mode, stamp) in enumerate(((0o644, 10**9), (0o600, 1.5 * 10**9))):
-        project = project_copy(tmp_path / str(number))
+        project = project_with_catalog(tmp_path / str(number))
         for path in (path for path in project.rglob("*") if path.is_file()):
             path.chmod(mode)
             os.utime(path, (stamp, stamp))
@@ -112,8 +119,8 @@ def test_archives_have_the_same_bytes_everywhere(tmp_path: Path) -> None:
         shipped = {name.partition("/")[2].removeprefix("patches/") for name in sdist.getnames()}
     tables = {path.relative_to(ROOT / "patches").as_posix() for path in (ROOT / "patches").glob("*.toml")}
     assert tables <= packed and tables <= shipped
-    texts = {path.name for path in (ROOT / "scripts" / "vllm_patches").iterdir() if path.is_file()}
-    assert texts <= packed and texts <= {Path(name).name for name in shipped}
+    texts = {path.name for path in (ROOT / "scripts" / "vllm_patches").rglob("*.*") if path.suffix in (".py", ".txt")}
+    assert texts <= {Path(name).name for name in packed} and texts <= {Path(name).name for name in shipped}
     assert "v0.20.2/series" in packed and "v0.20.2/series" in shipped
 
 
@@ -134,8 +141,39 @@ def test_the_api_has_the_verbs_and_imports_nothing_early() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     told = subprocess.run([sys.executable, "-c", loaded], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "['vllm_patches', 'vllm_patches.errors', 'vllm_patches.api']"
-    for name in ("apply", "build", "check", "install", "uninstall", "verify"):
+    for name in ("apply", "build", "check", "dist", "install", "uninstall", "verify"):
         assert callable(getattr(api, name)) and name in cli._parser().format_help()
+
+
+@pytest.mark.parametrize("name", ["build", "install", "uninstall", "verify"])
+def test_the_api_takes_the_options_of_the_command(name: str) -> None:
+    (verbs,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
+    options = {action.dest for action in verbs.choices[name]._actions} - {"help", "json"}
+    taken = set(inspect.signature(getattr(api, name)).parameters) - {"say"}
+    assert taken <= options
+    of_a_source_build = {"mode", "target_device", "no_build_isolation", "python", "work"}
+    assert options - taken <= of_a_source_build
+
+
+def test_the_api_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(tmp_path / "world", native=True)
+    monkeypatch.setenv("VLLM_PATCHES_DIR", str(world.folder / "patches"))
+    said: list[str] = []
+    built = api.build(
+        wheel=world.official,
+        out=tmp_path / "dist",
+        without=["0001-native"],
+        arch="x86_64",
+        thorough=True,
+        say=said.append,
+    )
+    assert Path(built.wheel).is_file() and built.version in said[0]
+    assert api.verify(Path(built.wheel), without=["0001-native"]).ok
+    with pytest.raises(api.PatchesError, match="nothing of that name"):
+        api.build(wheel=world.official, out=tmp_path / "dist", without=["0002-native"])
+    with pytest.raises(api.PatchesError):  # no toolkit is chosen here, and none would fit
+        api.build(wheel=world.official, out=tmp_path / "none", torch=tmp_path, cuda_archs="1.0", sdist=world.sdist)
+    assert not any((tmp_path / "none").iterdir())
 
 
 def test_the_api_does_what_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

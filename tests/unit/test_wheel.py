@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import email
+import errno
 import hashlib
 import io
 import json
@@ -18,11 +19,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from durability import Disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from installs import become_nobody, killed_at, told_by_child
 from vllm_patches import outfile, wheelmeta
+from vllm_patches.catalog import Catalog
 from vllm_patches.cli import main
 from vllm_patches.errors import PatchesError
+from vllm_patches.install import install
 from vllm_patches.model import Artifact, Wheel
+from vllm_patches.tables import dump_releases
+from vllm_patches.verify import verify
 from vllm_patches.wheel import Built, build_wheel, release_of
+from wheel.wheelfile import WheelFile
 from wheelworld import (
     ENGINE,
     INFO,
@@ -113,6 +123,37 @@ def test_record_lists_every_file_with_its_hash(world: WheelWorld, tmp_path: Path
     assert made[NEW_INFO + "RECORD"] == expected
 
 
+PARTS = st.text(st.characters(blacklist_characters="/\\:\0\r\n", blacklist_categories=("Cs",)), min_size=1, max_size=8)
+NAMES = (PARTS | st.sampled_from(['a,b"c', '"', ",", "\u00fc \U0001f600", "\u202e"])).filter(
+    lambda name: name.strip(".")
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    extra=st.dictionaries(NAMES, st.binary(max_size=50) | st.just(b""), max_size=6),
+    streamed=st.booleans(),
+    zip64=st.booleans(),
+)
+def test_any_other_file_is_carried_over(
+    tmp_path_factory: pytest.TempPathFactory, extra: dict[str, bytes], streamed: bool, zip64: bool
+) -> None:
+    """Names with commas, quotes and letters of every script, empty files, data descriptors, zip64."""
+    tmp = tmp_path_factory.mktemp("any")
+    files = official_files() | {f"vllm/extra/{name}": data for name, data in extra.items()}
+    world = make_world(tmp / "world", zipped(files, streamed=streamed, zip64=zip64))
+    built = build(world, tmp / "dist", thorough=True)
+    made = contents(Path(built.wheel))
+    assert {name: data for name, data in made.items() if name.startswith("vllm/extra/")} == {
+        name: data for name, data in files.items() if name.startswith("vllm/extra/")
+    }
+    expected = record_of({name: data for name, data in made.items() if name != NEW_INFO + "RECORD"}, NEW_INFO)
+    assert made[NEW_INFO + "RECORD"] == expected
+    assert verify(world.catalog, Path(built.wheel)).ok
+    with WheelFile(built.wheel) as archive:  # compares every file with RECORD
+        assert {name: archive.read(name) for name in archive.namelist()} == made
+
+
 def test_every_place_of_the_version_carries_the_local_one(world: WheelWorld, tmp_path: Path) -> None:
     made = contents(Path(build(world, tmp_path).wheel))
     metadata = email.message_from_bytes(made[NEW_INFO + "METADATA"])
@@ -150,6 +191,18 @@ def test_patches_json_says_what_was_done_to_every_file(world: WheelWorld, tmp_pa
         "_version.py",
     ):
         assert part in text
+
+
+def test_build_and_install_give_the_same_account(world: WheelWorld, tmp_path: Path) -> None:
+    """One form of patches.json: but for where the package came from, both ways to patch it say the same of it."""
+    made = json.loads(contents(Path(build(world, tmp_path).wheel))[NEW_INFO + "patches.json"])
+    with zipfile.ZipFile(world.official) as archive:
+        archive.extractall(tmp_path / "site")
+    install(world.catalog, tmp_path / "site", (), lambda line: None)
+    inplace = json.loads((tmp_path / "site" / INFO / "patches.json").read_bytes())
+    assert list(inplace) == list(made)
+    assert {key for key in made if made[key] != inplace[key]} == {"version", "from_wheel", "not_of_the_series"}
+    assert (inplace["version"], inplace["from_wheel"], inplace["not_of_the_series"]) == (VERSION, None, [])
 
 
 def test_the_same_input_gives_the_same_bytes(
@@ -256,7 +309,7 @@ def test_a_patched_file_that_differs_from_the_sdist_is_refused(tmp_path: Path) -
     world = _pinned(tmp_path, zipped(official_files() | {ENGINE: b"other\n"}))
     with pytest.raises(PatchesError) as caught:
         build(world, tmp_path / "dist")
-    assert (caught.value.file, caught.value.patch) == (ENGINE, "0001-dsa-mtp-ima.patch")
+    assert (caught.value.file, caught.value.patch) == (ENGINE, "0001-dsa-mtp-ima.patch, 0003-mla-flat-buffer.patch")
 
 
 def test_a_native_part_can_be_left_out_and_everything_says_so(tmp_path: Path) -> None:
@@ -317,6 +370,66 @@ def test_the_highest_build_number_is_chosen_and_its_tag_stays(world: WheelWorld)
     assert wheelmeta.wheel_name(wheels[1], LOCAL) == f"vllm-{LOCAL}-10-cp38-abi3-manylinux_2_35_x86_64.whl"
 
 
+@pytest.fixture
+def twice(tmp_path: Path) -> WheelWorld:
+    """A release whose wheel was built twice: the first one is pinned as well, and pip takes the second."""
+    first = zipped(official_files() | {"vllm/first.py": b""})
+    (tmp_path / NAME).write_bytes(first)
+    world = make_world(tmp_path / "world", name=NAME.replace("-cp38", "-1-cp38"))
+    both = (Wheel(NAME, hashlib.sha256(first).hexdigest(), len(first)), *world.release.wheels)
+    table = world.folder / "patches" / "releases.toml"
+    table.write_text(dump_releases({VERSION: replace(world.release, wheels=both)}), encoding="utf-8")
+    return replace(world, catalog=Catalog(world.folder / "patches"))
+
+
+def test_of_two_builds_the_one_that_pip_takes_is_fetched_and_its_tag_stays(twice: WheelWorld, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def fetch(wanted: Artifact) -> Path:
+        asked.append(wanted.name)
+        return twice.official
+
+    built = build_wheel(twice.catalog, twice.release, fetch, tmp_path / "dist", print, arch="x86_64")
+    assert asked == [NAME.replace("-cp38", "-1-cp38")] == [built.from_wheel]
+    assert Path(built.wheel).name == MADE.replace("-cp38", "-1-cp38")
+    report = verify(twice.catalog, Path(built.wheel))
+    assert report.origin == f"made from {asked[0]}" and report.ok, report
+
+
+def test_the_other_build_is_known(twice: WheelWorld, tmp_path: Path) -> None:
+    """To `build`, which keeps that it has no tag, and to `verify`, which says that pip takes another."""
+    older = tmp_path / NAME
+    note = f"{NAME} (pip takes build 1 of it)"
+    assert verify(twice.catalog, older).origin == f"the official wheel {note}"
+    assert verify(twice.catalog, twice.official).origin == f"the official wheel {twice.official.name}"
+    built = build(replace(twice, official=older), tmp_path / "dist")
+    assert Path(built.wheel).name == MADE
+    report = verify(twice.catalog, Path(built.wheel))
+    assert report.origin == f"made from {note}" and report.ok, report
+    data = bytearray(older.read_bytes())
+    data[data.rindex(b"PK\1\2") + 12] ^= 1  # the time of day of one member: a sound wheel of the recorded size
+    older.write_bytes(data)
+    assert verify(twice.catalog, older).origin == ""
+
+
+def test_a_claim_to_come_from_an_unknown_wheel_is_a_problem(world: WheelWorld, tmp_path: Path) -> None:
+    made = contents(Path(build(world, tmp_path).wheel))
+    name = NEW_INFO + "patches.json"
+    for change, words in (
+        ({"from_wheel": {"file": NAME, "sha256": "0" * 64}}, f"made from {NAME}, which is no recorded file"),
+        ({"from_wheel": {}}, "does not say which file"),
+        ({"from_sdist": {"file": "vllm-0.20.2.tar.gz", "sha256": "0" * 64}}, "which is no recorded file"),
+        ({"from_wheel": None}, ""),  # patched in place
+    ):
+        text = json.dumps(json.loads(made[name]) | change)
+        with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
+            for path, data in {**made, name: text}.items():
+                archive.writestr(path, data)
+        report = verify(world.catalog, tmp_path / "x.whl")
+        assert report.origin == "" and report.ok is not bool(words), report
+        assert [words in problem for problem in report.problems] == [True] * bool(words)
+
+
 def test_the_release_is_told_by_the_wheels_name(world: WheelWorld) -> None:
     assert release_of(world.catalog, None, None).version == VERSION
     assert release_of(world.catalog, None, world.official).version == VERSION
@@ -375,15 +488,85 @@ def test_killed_at_any_write_leaves_nothing(world: WheelWorld, tmp_path: Path) -
     assert (tmp_path / "dist-10000" / MADE).read_bytes() == Path(build(world, tmp_path).wheel).read_bytes()
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(world: WheelWorld, tmp_path: Path) -> None:
-    prelude = (
-        "import errno\ndef full(file, data): raise OSError(errno.ENOSPC, 'No space left on device')\nos.write = full"
-    )
-    process = _in_a_process(world, tmp_path / "dist", prelude)
+@pytest.mark.parametrize("nameless", [True, False])
+def test_killed_before_any_change_on_disk_the_next_run_clears_up(
+    world: WheelWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nameless: bool
+) -> None:
+    """Also between the first name of the file and its own."""
+    if not nameless:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    assert world.catalog.series_of(world.release).patches
+    whole, step, left = Path(build(world, tmp_path / "whole").wheel).read_bytes(), 0, 0
+    out = tmp_path / "dist"
+    while killed_at(step := step + 1, lambda: build(world, out)):
+        there = [path.name for path in out.iterdir()] if out.is_dir() else []
+        assert not there or MADE in there or all(name.startswith(".") for name in there)
+        left += bool(there)
+        build(world, out)
+        assert [path.name for path in out.iterdir()] == [MADE]
+        assert (out / MADE).read_bytes() == whole
+        (out / MADE).unlink()
+    assert step > 3 and left
+
+
+@pytest.mark.parametrize("size", [0, 1, 3000, 7000])  # the wheel has about 7,100 bytes
+def test_a_full_disk_is_said_and_leaves_nothing(world: WheelWorld, tmp_path: Path, size: int) -> None:
+    """No file may grow past *size*: the kernel takes a part of a write, and refuses the rest."""
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    process = _in_a_process(world, tmp_path / "dist", f"signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n{limit}")
     error = process.communicate()[1].decode()
     assert process.returncode == 1
-    assert "no space left" in error
+    assert "no space left" in error and "df -h" in error
     assert not any((tmp_path / "dist").iterdir())
+    build(world, tmp_path / "big")
+    assert (tmp_path / "big" / MADE).stat().st_size > 7000
+
+
+def test_a_full_device_is_said_and_leaves_nothing(
+    world: WheelWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own ENOSPC: /dev/full in the place of the new file."""
+    real = os.open
+
+    def full(path: object, flags: int, *rest: int, **more: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            return real("/dev/full", os.O_RDWR)
+        return real(path, flags, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(PatchesError, match="no space left") as caught:
+        build(world, tmp_path / "dist")
+    assert os.strerror(errno.ENOSPC) in caught.value.found
+    assert not any((tmp_path / "dist").iterdir())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_cannot_be_written_is_said(reachable: Path, there: bool) -> None:
+    world, out = make_world(reachable / "world"), reachable / "dist"
+    assert world.catalog.series_of(world.release).patches  # read now: the child may not
+    for path in (world.folder, world.official):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    out.mkdir(mode=0o755)
+    out.chmod(0o555)
+    target = out if there else out / "new"
+    code, message = told_by_child(lambda: build(world, target), become_nobody)
+    assert code == 1, message
+    assert "cannot be written" in message and "ls -ld" in message and str(out) in message
+    assert not any(out.iterdir())
+
+
+def test_a_power_cut_finds_the_whole_wheel_or_none(
+    world: WheelWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for nameless in (True, False):
+        if not nameless:
+            monkeypatch.delattr(os, "O_TMPFILE")
+        out = tmp_path / f"dist-{nameless}"
+        with monkeypatch.context() as patched:
+            disk = Disk(patched)
+            build(world, out)
+        disk.check()
+        assert disk.named()[-1] == out / MADE
 
 
 def test_an_error_keeps_the_wheel_that_was_there(world: WheelWorld, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import os
 import struct
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,54 @@ def test_a_copy_of_every_member_reads_the_same_and_is_raw(
         assert digest(target, member, "sha256", "x") == hashlib.sha256(read_data(target, member, "x")).digest()
     os.close(source)
     os.close(target)
+
+
+def described(content: bytes, *, signature: bool, wide: bool, crc: int | None = None) -> bytes:
+    """A file with one member and a data descriptor of each form that the zip specification allows."""
+    crc = zlib.crc32(content) if crc is None else crc
+    size = len(content)
+    local = struct.pack("<4s5H3L2H", b"PK\3\4", 45 if wide else 20, 8, 0, 0, 33, 0, 0, 0, 1, 0) + b"a" + content
+    local += b"PK\7\x08" * signature + struct.pack("<LQQ" if wide else "<3L", crc, size, size)
+    central = struct.pack(
+        "<4s6H3L5H2L",
+        b"PK\1\2",
+        788,
+        20,
+        8,
+        0,
+        0,
+        33,
+        zlib.crc32(content),
+        size,
+        size,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0o100644 << 16,
+        0,
+    )
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(central) + 1, len(local), 0)
+    return local + central + b"a" + end
+
+
+@settings(max_examples=40, deadline=None)
+@given(content=st.binary(max_size=40) | st.just(b"PK\7\x08" * 4), signature=st.booleans(), wide=st.booleans())
+def test_data_descriptors_of_every_form(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, signature: bool, wide: bool
+) -> None:
+    tmp = tmp_path_factory.mktemp("zip")
+    source = opened(tmp, described(content, signature=signature, wide=wide))
+    target = opened(tmp, b"", "target")
+    copied(source, target)
+    (member,) = read_members(target, "x")
+    assert read_data(target, member, "x") == content
+    wrong = opened(tmp, described(content, signature=signature, wide=wide, crc=zlib.crc32(content) ^ 1), "wrong")
+    with pytest.raises(PatchesError, match="damaged"):
+        read_members(wrong, "x.whl")
+    for file in (source, target, wrong):
+        os.close(file)
 
 
 @settings(max_examples=40, deadline=None)

@@ -33,20 +33,6 @@ RELEASE = os.environ["VLLM_PATCHES_RELEASE"]
 # CUDA-graph padding is -1 up to 0.19.1 and the null block from 0.20.0 on.
 PADS_WITH_NULL_BLOCK = RELEASE not in {"0.18.1", "0.19.1"}
 
-GDN_CHECKS = (
-    "recurrent: null block as padding",
-    "recurrent: null block in speculative tables",
-    "KDA: null block as padding",
-    "packed decode: null block as padding",
-    "sigmoid gating: null block as padding",
-    "sigmoid gating: null block in speculative tables",
-    "sigmoid gating, KDA: null block as padding",
-)
-LIGHTNING_CHECKS = ("lightning: null block as padding", "lightning: a batch padded for a CUDA graph")
-CASE.stock_fails = {release: dict.fromkeys(GDN_CHECKS, "null-block-changed") for release in ("0.18.1", "0.19.1")} | {
-    release: dict.fromkeys(LIGHTNING_CHECKS, "null-block-changed") for release in ("0.20.0", "0.20.2", "0.21.0")
-}
-
 OPS = "vllm/model_executor/layers/fla/ops"
 RECURRENT = f"{OPS}/fused_recurrent.py"
 SIGMOID = f"{OPS}/fused_sigmoid_gating.py"

@@ -27,22 +27,6 @@ RELEASE = os.environ["VLLM_PATCHES_RELEASE"]
 # The 2-D buffer came with 0.20.0; before it there is one thing to assert: that it is not there.
 ABSENT = {"0.18.1", "0.19.1"}
 
-CASE.stock_fails = {
-    "0.18.1": {},
-    "0.19.1": {},
-} | {
-    release: {
-        "one flat buffer": "buffer-not-flat",
-        "native: lengths are contiguous": "lengths-not-contiguous",
-        "native: what DeepGEMM is given": "lengths-not-contiguous",
-        "native: draft steps of one token": "lengths-not-contiguous",
-        "native: padded rows": "negative-length",
-        "native: padded rows, compressed": "negative-length",
-        "flatten: padded rows, uniform": "negative-length",
-    }
-    for release in ("0.20.0", "0.20.2", "0.21.0")
-}
-
 SOURCE = "vllm/v1/attention/backends/mla/indexer.py"
 MAX_SEQS = 5
 BLOCK_SIZE = 64
@@ -87,7 +71,9 @@ def platform(blackwell: bool = False, deep_gemm: list[torch.Tensor] | None = Non
         yield
 
 
-def make_builder(next_n: int, *, blackwell: bool = False, batched_tokens: int = 64, ratio: int = 1):
+def make_builder(
+    next_n: int, *, blackwell: bool = False, batched_tokens: int = 64, ratio: int = 1, device: str = "cpu"
+):
     """The real builder for next_n - 1 speculative tokens."""
     # 0.18.1 and 0.19.1 have no compress_ratio.
     compression = {"compress_ratio": ratio} if ratio > 1 else {}
@@ -104,7 +90,7 @@ def make_builder(next_n: int, *, blackwell: bool = False, batched_tokens: int = 
         ),
     )
     with platform(blackwell), mock.patch.object(indexer, "get_total_cp_world_size", lambda: 1):
-        return indexer.DeepseekV32IndexerMetadataBuilder(spec, ["indexer"], config, torch.device("cpu"))
+        return indexer.DeepseekV32IndexerMetadataBuilder(spec, ["indexer"], config, torch.device(device))
 
 
 def native_builder(next_n: int, **options):
@@ -233,7 +219,7 @@ def no_two_dimensional_buffer(tree: Path) -> None:
 
 @present("one flat buffer")
 def one_flat_buffer(tree: Path) -> None:
-    """1-D int32 whatever next_n and path, large enough for both uses of it."""
+    """1-D int32 whatever next_n and path, large enough for both uses of it, on the builder's device."""
     for next_n, blackwell in [(n, b) for n in range(1, 9) for b in (False, True)]:
         for batched_tokens in (MAX_SEQS, 64):
             builder = make_builder(next_n, blackwell=blackwell, batched_tokens=batched_tokens)
@@ -242,6 +228,9 @@ def one_flat_buffer(tree: Path) -> None:
             expect(buffer.dim() == 1 and buffer.dtype == torch.int32, "buffer-not-flat", what, at_buffer(tree))
             needed = max(batched_tokens, MAX_SEQS * next_n)
             expect(buffer.numel() >= needed, "buffer-too-small", f"{what} < {needed}", at_buffer(tree))
+    # "meta" plays the accelerator, so that its buffers differ from those on the host.
+    place = make_builder(2, device="meta").decode_seq_lens_buffer.device
+    expect(place.type == "meta", "buffer-elsewhere", f"a builder for meta has its buffer on {place}", at_buffer(tree))
 
 
 @present("native: lengths are contiguous")

@@ -44,23 +44,6 @@ VERSION = tuple(map(int, RELEASE.split(".")))
 # series goes further, the check states for 0.21.0 what upstream's fix does instead.
 UPSTREAM_FIX = VERSION >= (0, 21)
 
-CASE.stock_fails = {
-    release: {
-        "decoy, level 1": "wrong-after-wake-up",
-        "decoy, level 2": "wrong-after-wake-up",
-        "decoy, kv_cache last": "wrong-after-wake-up",
-        "decoy, twice": "wrong-after-wake-up",
-        "decoy, context parallel": "wrong-after-wake-up",
-        "zeros": "died-after-wake-up",
-        "requests from before the sleep": "wrong-after-wake-up",
-        "captured draft graph": "wrong-after-wake-up",
-        "entries no request has written": "undefined-entries",
-        "hook of every runner": "no-hook",
-        "hook resets FP8 scales": "no-hook",
-    }
-    for release in ("0.18.1", "0.19.1", "0.20.0", "0.20.2")
-} | {"0.21.0": {}}
-
 BLOCK_TABLE = "vllm/v1/worker/gpu/block_table.py"
 WORKER = "vllm/v1/worker/gpu_worker.py"
 # Rows of every group are padded to the width of group 0, so that must be the narrower one.
@@ -814,8 +797,11 @@ FLASHMLA_SPARSE_IN_POOL = {
 @CASE.check("what the pool holds")
 def pool_contents(tree: Path) -> None:
     """Everything that initialize_kv_cache makes on the device, and so everything that a sleep discards."""
-    runner, recorder = initialize("meta")
     where = line_of(tree / WORKER, 'use_memory_pool(tag="kv_cache")', tree)
+    try:
+        runner, recorder = initialize("meta")
+    except NotImplementedError as error:  # "meta" holds no data that could be copied from it
+        raise Defect("pool", f"what belongs in the pool is copied to the host: {error}", where) from error
     expect(set(recorder.pools) == {"kv_cache"}, "pool", f"tags {sorted(recorder.pools)}", where)
     made = recorder.pools["kv_cache"]
     found = dict(walk(runner, "", set()))

@@ -42,27 +42,6 @@ BEFORE = {
 }
 
 CASE = Case("0004")
-SHUFFLE_FAILS = {
-    "shuffle-gather-interleaved": "shuffle-gather-wrong-rows",
-    "shuffle-gather-own-strides": "shuffle-gather-wrong-rows",
-    "shuffle-write-interleaved": "shuffle-write-wrong-cells",
-    "shuffle-write-own-strides": "shuffle-write-wrong-cells",
-    "shuffle-gather-refuses-sparse-blocks": "shuffle-gather-takes-sparse-blocks",
-    "shuffle-write-refuses-sparse-blocks": "shuffle-write-takes-sparse-blocks",
-    "decode-reads-what-was-written": "decode-reads-other-cells",
-    "builder-refuses": "hybrid-shuffle-not-refused",
-}
-NHD_FAILS = {
-    "nhd-gather-interleaved": "nhd-gather-wrong-rows",
-    "nhd-gather-own-strides": "nhd-gather-wrong-rows",
-}
-CASE.stock_fails = {
-    "0.18.1": SHUFFLE_FAILS | NHD_FAILS,
-    "0.19.1": SHUFFLE_FAILS,
-    "0.20.0": SHUFFLE_FAILS,
-    "0.20.2": SHUFFLE_FAILS,
-    "0.21.0": SHUFFLE_FAILS,
-}
 
 
 @dataclass(frozen=True)

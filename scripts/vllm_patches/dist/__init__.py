@@ -1,0 +1,1 @@
+"""Release assets for packagers: `dist` and one module per distribution channel."""
