@@ -139,7 +139,7 @@ gsm8k-train: $(VENV)/gsm8k.stamp ## train a tiny model of the offline fixture (S
 
 .PHONY: test-gsm8k
 test-gsm8k: $(VENV)/test.stamp $(VENV)/gsm8k.stamp ## the gsm8k harness and fixture, on a CPU
-	@$(BIN)/python -m pytest tests/gsm8k
+	@$(BIN)/python -m pytest -n auto --dist loadfile tests/gsm8k
 
 .PHONY: gpu-env
 gpu-env: $(GPU_ENV)/ready.stamp ## an environment with vLLM and all pins of GPU runs (PIN=)

@@ -28,6 +28,7 @@ from gsm8k.shapes import SHAPES, configuration
 
 PARTS = 32  # independent seeds of the training data, so that the data do not depend on the number of processes
 SHOTS = 5
+SAY_EVERY = 100
 PROBE = 60  # steps, all of them in the warm-up of the learning rate
 
 
@@ -36,7 +37,7 @@ class Plan:
     """All that the weights depend on besides the code and the machine."""
 
     shape: str
-    steps: int = 3000
+    steps: int = 1700
     batch: int = 128
     length: int = 1024  # tokens of a sequence
     rate: float = 2e-3  # peak learning rate
@@ -106,8 +107,9 @@ def _optimizer(parameters: list[torch.nn.Parameter], plan: Plan) -> torch.optim.
     return torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), fused=parameters[0].is_cuda)
 
 
-def fit(model: PreTrainedModel, mtp: MtpLayer | None, stream: Stream, plan: Plan, say_every: int = 100) -> list[float]:
-    """Train in place; the losses, one per *say_every* steps. At `PROBE` steps the rest is cut to the plan's seconds."""
+def fit(model: PreTrainedModel, mtp: MtpLayer | None, stream: Stream, plan: Plan) -> tuple[int, list[float]]:
+    """Train in place; how many steps, and the losses, one per `SAY_EVERY`. At `PROBE` steps the rest is cut to the
+    plan's seconds."""
     parameters = [*model.parameters(), *(mtp.parameters() if mtp else ())]
     optimizer = _optimizer(parameters, plan)
     generator = torch.Generator(stream.ids.device).manual_seed(plan.seed)
@@ -124,11 +126,11 @@ def fit(model: PreTrainedModel, mtp: MtpLayer | None, stream: Stream, plan: Plan
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if step % say_every == 0 or step == plan.steps - 1:
+        if step % SAY_EVERY == 0 or step == plan.steps - 1:
             losses.append(round(loss.item(), 4))
             print(f"step {step:5d}/{plan.steps}  loss {losses[-1]:.4f}  {time.monotonic() - begin:6.1f} s", flush=True)
         step += 1
-    return losses
+    return step, losses
 
 
 def _wait(parameters: list[torch.nn.Parameter]) -> None:
@@ -174,7 +176,7 @@ def train(plan: Plan, out: Path, held_out: int = 300) -> None:
     print(f"{sum(p.numel() for p in model.parameters())} parameters on {device}", flush=True)
     mtp = MtpLayer(model).to(device) if plan.shape == "dsa" else None
     begin = time.monotonic()
-    losses = fit(model, mtp, stream, plan)
+    steps, losses = fit(model, mtp, stream, plan)
     seconds = time.monotonic() - begin
     model = model.to(torch.bfloat16)
     score = teacher_forced(model, tokenizer, list(generate("test", held_out, seed=1)))
@@ -184,7 +186,13 @@ def train(plan: Plan, out: Path, held_out: int = 300) -> None:
     else:
         export(model, mtp, out, plan.seed)
     tokens.save(out)
-    said = {"plan": asdict(plan), "seconds": round(seconds), "losses": losses, "held_out_teacher_forced": score}
+    said = {
+        "plan": asdict(plan),
+        "steps_done": steps,
+        "seconds": round(seconds),
+        "losses": losses,
+        "held_out_teacher_forced": score,
+    }
     said |= {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
     (out / "training.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
