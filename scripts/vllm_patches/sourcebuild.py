@@ -98,7 +98,8 @@ def build_source(
 ) -> SourceBuilt:
     """Build the patched *release* as upstream would, in a folder below *work*; only a whole wheel appears in *out*."""
     given = os.environ if environ is None else environ
-    series = _series(catalog, release)
+    catalog.need_series(release)
+    series = catalog.series_of(release)
     version = wheelmeta.local_version(release)
     again = options.again(release)
     count = _jobs(options.device, given, again)
@@ -120,18 +121,6 @@ def build_source(
         release.version, made, options.device.value, str(target), sha256, size, fixes, found.python, found.torch,
         count, cached, round(seconds, 1), str(place.log), notes,
     )  # fmt: skip
-
-
-def _series(catalog: Catalog, release: Release) -> Series:
-    series = catalog.series_of(release)
-    if series.patches:
-        return series
-    raise PatchesError(
-        "there is no series for this release, so there is nothing to build",
-        release=release.version,
-        expected=f"a release with a series: {', '.join(r.version for r in catalog.pins)}",
-        next_command=f"make build MODE=source PIN={catalog.pins[-1].version}",
-    )
 
 
 def _jobs(device: Device, environ: Mapping[str, str], again: str) -> int:

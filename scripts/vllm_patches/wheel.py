@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm_patches import wheelmeta
 from vllm_patches.catalog import DEFAULT_PIN, Catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import ARCHS, Artifact, Release, Series, Wheel
+from vllm_patches.model import ARCHS, Artifact, Release, Wheel
 from vllm_patches.modifications import (
     MODIFICATIONS,
     NOTICE,
@@ -75,7 +75,8 @@ def build_wheel(
     that the hash would let through but a broken disk or memory.
     """
     chosen = tuple(dict.fromkeys(without))
-    check_names(release, _series(catalog, release), chosen, "build")
+    catalog.need_series(release)
+    check_names(release, catalog.series_of(release), chosen, "build")
     version = wheelmeta.local_version(release, chosen)
     path = given or find_wheel(release.wheel_file(_choose(release, arch)))
     say(f"vLLM {release.version}: building {version} from {path.name}")
@@ -142,18 +143,6 @@ def release_of(catalog: Catalog, pin: str | None, given: Path | None) -> Release
         file=str(given),
         expected="vllm-<release>-….whl, or the release by name",
         next_command=f"make build WHEEL={given} PIN={DEFAULT_PIN}",
-    )
-
-
-def _series(catalog: Catalog, release: Release) -> Series:
-    series = catalog.series_of(release)
-    if series.patches:
-        return series
-    raise PatchesError(
-        "there is no series for this release, so there is nothing to build",
-        release=release.version,
-        expected=f"a release with a series: {', '.join(r.version for r in catalog.pins)}",
-        next_command=f"make build PIN={DEFAULT_PIN}",
     )
 
 
