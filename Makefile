@@ -35,7 +35,7 @@ json = $(if $(strip $(JSON)),--json)
 
 .PHONY: help
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .PHONY: apply
 apply: $(RUN_ENV) ## a patched work tree of a release (PIN=, SRC=, SDIST=, BUILD=, JSON=1)
@@ -84,7 +84,7 @@ record: $(VENV)/run.stamp ## write HEAD and blobs of every pin to patches/releas
 
 .PHONY: test
 test: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## all tests
-	@$(BIN)/python -m pytest -n auto --dist load $(TESTS)
+	@$(BIN)/python -m pytest -n auto --dist load --ignore tests/gsm8k $(TESTS)
 
 .PHONY: test-wheels
 test-wheels: $(VENV)/test.stamp ## build from real wheels of four releases, install and unpack the results (1.4 GB from the index)
@@ -119,6 +119,36 @@ prove: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## stock fails, patch
 .PHONY: mutants
 mutants: $(VENV)/test.stamp $(VENV)/proof.stamp system-check ## wrong half-fixes, each of which a proof must catch (PIN=, FIX=, JSON=1, RECORD=FILE)
 	@$(BIN)/python tests/repro/mutants.py $(call option,pin,PIN) $(call option,fix,FIX) $(call option,record,RECORD) $(json)
+
+# gsm8k: the sides are the environment of GPU runs and a patched copy of its vLLM, unless STOCK= (and PATCHED=) are given.
+GPU_PIN := $(or $(strip $(PIN)),0.20.2)
+GPU_ENV := build/gpu-env/$(GPU_PIN)
+GSM8K_OWN := $(strip $(STOCK)$(filter hf,$(MODE)))
+GSM8K_OUT = build/gsm8k/$(GPU_PIN)-$(or $(strip $(SCENARIO)),plain)-$(subst :,-,$(notdir $(or $(strip $(MODEL)),model)))
+
+.PHONY: gsm8k
+gsm8k: $(if $(GSM8K_OWN),$(VENV)/gsm8k.stamp,$(GPU_ENV)/ready.stamp) ## gsm8k accuracy, stock against patched (MODEL=, PIN=, TP=, SCENARIO=, LIMIT=, MARGIN=, MODE=, STOCK=, PATCHED=)
+	@PYTHONPATH=ci:scripts $(if $(GSM8K_OWN),$(BIN),$(GPU_ENV)/bin)/python -m gsm8k run --out '$(GSM8K_OUT)' \
+		$(call option,model,MODEL) $(call option,tp,TP) $(call option,scenario,SCENARIO) $(call option,limit,LIMIT) \
+		$(call option,margin,MARGIN) $(call option,mode,MODE) $(call option,stock,STOCK) $(call option,patched,PATCHED) \
+		$(call option,engine,ENGINE)
+
+.PHONY: gsm8k-train
+gsm8k-train: $(VENV)/gsm8k.stamp ## train a tiny model of the offline fixture (SHAPE=dense, hybrid or dsa)
+	@PYTHONPATH=ci $(BIN)/python -m gsm8k.train '$(SHAPE)' 'ci/gsm8k/models/$(SHAPE)'
+
+.PHONY: test-gsm8k
+test-gsm8k: $(VENV)/test.stamp $(VENV)/gsm8k.stamp ## the gsm8k harness and fixture, on a CPU
+	@$(BIN)/python -m pytest -n auto --dist loadfile tests/gsm8k
+
+.PHONY: gpu-env
+gpu-env: $(GPU_ENV)/ready.stamp ## an environment with vLLM and all pins of GPU runs (PIN=)
+
+$(GPU_ENV)/ready.stamp: ci/requirements-gpu/$(GPU_PIN).txt
+	@$(PYTHON) -m venv $(GPU_ENV)
+	@echo "installing $<: several GB" >&2
+	@$(GPU_ENV)/bin/python -m pip --disable-pip-version-check --quiet install -r $<
+	@touch $@
 
 .PHONY: lint
 lint: $(VENV)/test.stamp ## ruff, mypy, workflow and action schemas
@@ -191,6 +221,11 @@ $(VENV)/packaging.stamp: ci/requirements-packaging.txt ci/requirements-test.txt 
 	@touch $@
 
 $(VENV)/proof.stamp: ci/requirements-proof.txt ci/constraints.txt | $(VENV)/bin/python
+	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
+	@$(PIP) install -c ci/constraints.txt -r $<
+	@touch $@
+
+$(VENV)/gsm8k.stamp: ci/requirements-gsm8k.txt ci/constraints.txt | $(VENV)/bin/python
 	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
 	@$(PIP) install -c ci/constraints.txt -r $<
 	@touch $@

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
+from vllm_patches.gpureqs import lint_gpu_requirements
 from vllm_patches.headers import Problem
 from vllm_patches.hunks import apply_patch, undo_patch
 from vllm_patches.lint import lint_catalog
@@ -49,6 +50,7 @@ def check_catalog(catalog: Catalog, pins: Iterable[Release], find_sdist: FindSdi
     problems = (*lint_catalog(catalog), *lint_readme(catalog), *lint_proofs(catalog))
     readable = [release for release in chosen if _readable(catalog, release)]
     contents = pristine_files(readable, find_sdist)
+    problems += tuple(lint_gpu_requirements(catalog, readable, find_sdist))
     return CheckReport(tuple(_check_pin(catalog, release, contents) for release in readable), problems)
 
 

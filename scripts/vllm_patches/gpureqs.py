@@ -1,0 +1,87 @@
+"""The pinned requirements of GPU runs, ``ci/requirements-gpu/<release>.txt``, against upstream's own files.
+
+Each file names the upstream files it was written from, by git blob id, so that a warm `check` reads two small blobs
+out of the cache; the sdist is opened only where they are not there yet.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from vllm_patches import cache
+from vllm_patches.catalog import Catalog
+from vllm_patches.headers import Problem
+from vllm_patches.hunks import blob_id
+from vllm_patches.model import Release
+from vllm_patches.sdist import open_sdist, pick
+from vllm_patches.store import FindSdist
+
+CUDA, DEEP_GEMM = "requirements/cuda.txt", "tools/install_deepgemm.sh"
+NEEDED = ("torch", "flashinfer-python")  # what upstream pins exactly, and a run must not replace
+
+_UPSTREAM = re.compile(r"^# upstream (\S+) ([0-9a-f]{40})$", re.M)
+_REVISION = re.compile(r"^# deep-gemm ([0-9a-f]{40})$", re.M)
+_PIN = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])? *== *([^\s;#]+)", re.M)
+
+
+def lint_gpu_requirements(catalog: Catalog, releases: Iterable[Release], find_sdist: FindSdist) -> list[Problem]:
+    """A finding for every pin that is not upstream's; *releases* without a file have none."""
+    folder = catalog.folder.parent / "ci" / "requirements-gpu"
+    problems: list[Problem] = []
+    for release in releases:
+        file = folder / f"{release.version}.txt"
+        if file.is_file():
+            problems += _check(file, release, find_sdist)
+    return problems
+
+
+def _check(file: Path, release: Release, find_sdist: FindSdist) -> list[Problem]:
+    text = file.read_text(encoding="utf-8")
+    named = {path: blob for path, blob in _UPSTREAM.findall(text) if path in (CUDA, DEEP_GEMM)}
+    where = f"ci/requirements-gpu/{file.name}"
+    if missing := {CUDA, DEEP_GEMM} - named.keys():
+        return [Problem("gpu requirements", where, f"# upstream {path} <blob id>", "none") for path in sorted(missing)]
+    upstream = _upstream(named, release, find_sdist)
+    wrong = [
+        Problem("gpu requirements", where, f"# upstream {path} {blob_id(upstream[path])}", blob)
+        for path, blob in named.items()
+        if blob_id(upstream[path]) != blob
+    ]
+    return wrong or _compare(where, text, upstream, release)
+
+
+def _upstream(named: Mapping[str, str], release: Release, find_sdist: FindSdist) -> dict[str, bytes]:
+    """The named files: from the cache by blob id, else out of the sdist."""
+    cached = {path: cache.load_blob(blob) for path, blob in named.items()}
+    found = {path: data for path, data in cached.items() if data is not None}
+    if found.keys() != named.keys():
+        found = dict.fromkeys(named, b"") | pick(open_sdist(find_sdist(release), release), named, release)
+        for data in found.values():
+            cache.store_blob(data)
+    return found
+
+
+def _compare(where: str, text: str, upstream: Mapping[str, bytes], release: Release) -> list[Problem]:
+    """Our pins against upstream's exact ones, and the revision of DeepGEMM."""
+    ours, theirs = pins(text), pins(upstream[CUDA].decode())
+    wanted = {"vllm": release.version} | {name: theirs.get(name, "a pin of upstream's") for name in NEEDED}
+    wanted |= {name: version for name, version in theirs.items() if name in ours}
+    problems = [
+        Problem("gpu requirements", where, f"{name}=={version}", f"{name}=={ours[name]}" if name in ours else "none")
+        for name, version in wanted.items()
+        if ours.get(name) != version
+    ]
+    revision = re.search(r'^DEEPGEMM_GIT_REF="([0-9a-f]{40})"$', upstream[DEEP_GEMM].decode(), re.M)
+    said = _REVISION.search(text)
+    if (revision and revision[1]) != (said and said[1]):
+        found = said[1] if said else "none"
+        expected = f"# deep-gemm {revision[1]}" if revision else "no revision: upstream's script has none"
+        problems.append(Problem("gpu requirements", where, expected, found))
+    return problems
+
+
+def pins(text: str) -> dict[str, str]:
+    """Name to version of every exact requirement."""
+    return {name.lower().replace("_", "-"): version for name, version in _PIN.findall(text)}
