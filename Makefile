@@ -205,35 +205,14 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "  next:     sudo apt-get install --yes python3-venv" >&2; exit 1; }
 
-$(VENV)/run.stamp: ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
+# ci/requirements-NAME.txt, installed. Below the recipe: the files that some of them take in.
+$(VENV)/%.stamp: ci/requirements-%.txt ci/constraints.txt | $(VENV)/bin/python
 	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
 	@$(PIP) install -c ci/constraints.txt -r $<
 	@touch $@
 
-$(VENV)/test.stamp: ci/requirements-test.txt ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
-	@$(PIP) install -c ci/constraints.txt -r $<
-	@touch $@
-
-$(VENV)/packaging.stamp: ci/requirements-packaging.txt ci/requirements-test.txt ci/requirements-run.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
-	@$(PIP) install -c ci/constraints.txt -r $<
-	@touch $@
-
-$(VENV)/proof.stamp: ci/requirements-proof.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
-	@$(PIP) install -c ci/constraints.txt -r $<
-	@touch $@
-
-$(VENV)/gsm8k.stamp: ci/requirements-gsm8k.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
-	@$(PIP) install -c ci/constraints.txt -r $<
-	@touch $@
-
-$(VENV)/source.stamp: ci/requirements-source.txt ci/constraints.txt | $(VENV)/bin/python
-	@echo "installing $$(grep $(<F) ci/download-sizes.txt)" >&2
-	@$(PIP) install -c ci/constraints.txt -r $<
-	@touch $@
+$(VENV)/test.stamp $(VENV)/packaging.stamp: ci/requirements-run.txt
+$(VENV)/packaging.stamp: ci/requirements-test.txt
 
 # Apart from the environment's packages: nothing imports them. torch's headers are those of every platform, and the
 # wheel for macOS is its smallest.
