@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,19 +112,12 @@ def run_case(run: Run) -> None:
 def run_forked(run: Run) -> None:
     """Run one case in a process of its own, which has this one's imports; record how that process ended."""
     write_result(run.result, {"running": "nothing yet"})
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            own_session(run)
-            run_case(run)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+
+    def alone() -> None:
+        own_session(run)
+        run_case(run)
+
+    pid = forked(alone)
     try:
         ending = wait_for(pid, time.monotonic() + run.timeout)
     finally:
@@ -131,6 +125,23 @@ def run_forked(run: Run) -> None:
             os.killpg(pid, signal.SIGKILL)  # whatever it has started
     record = json.loads(run.result.read_text(encoding="utf-8"))
     write_result(run.result, record | {"ending": ending})
+
+
+def forked(function: Callable[[], None]) -> int:
+    """The id of a new process that calls *function* and ends: with status 1 after an error, which it prints."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return pid
 
 
 def own_session(run: Run) -> None:

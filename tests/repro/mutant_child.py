@@ -16,13 +16,12 @@ import itertools
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import preload
-from child import HERE, Run, own_session, run_case, run_forked, start
+from child import HERE, Run, forked, own_session, run_case, run_forked, start
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,7 @@ class Bench:
 
 def in_a_fork(function: Callable[[], None]) -> None:
     """Call *function* in a process of its own; an error there ends this one too."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    if os.waitpid(pid, 0)[1]:
+    if os.waitpid(forked(function), 0)[1]:
         raise SystemExit(1)
 
 
