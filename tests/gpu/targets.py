@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts")]
 
-from vllm_patches import api  # noqa: E402
+from vllm_patches import api, git  # noqa: E402
 from vllm_patches.catalog import Catalog, open_catalog  # noqa: E402
 from vllm_patches.errors import PatchesError  # noqa: E402
 from vllm_patches.hunks import apply_patch  # noqa: E402
@@ -101,8 +100,8 @@ def patch_set(version: str) -> dict[str, str]:
 
 def commit() -> str:
     """The commit of this repository, "+changes" behind it if tracked files differ; from git or the environment."""
-    found = os.environ.get("VLLM_PATCHES_COMMIT", "").strip() or _git("rev-parse", "HEAD")
-    if re.fullmatch(r"[0-9a-f]{40}", found) and _git("status", "--porcelain", "--untracked-files=no"):
+    found = os.environ.get("VLLM_PATCHES_COMMIT", "").strip() or _head()
+    if re.fullmatch(r"[0-9a-f]{40}", found) and _changed():
         found += "+changes"
     if not re.fullmatch(r"[0-9a-f]{40}(\+changes)?", found):
         raise PatchesError(
@@ -115,9 +114,11 @@ def commit() -> str:
     return found
 
 
-def _git(*words: str) -> str:
-    """Standard output of git here, empty where this is no checkout of its own."""
-    if not (ROOT / ".git").exists():
-        return ""
-    done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+def _head() -> str:
+    """The commit of this checkout; empty where it is none of its own."""
+    return git.rev_parse(ROOT, "HEAD") or "" if (ROOT / ".git").exists() else ""
+
+
+def _changed() -> bool:
+    """Whether a tracked file of this checkout differs from its commit."""
+    return (ROOT / ".git").exists() and any(not line.startswith("??") for line in git.status(ROOT))
