@@ -29,8 +29,8 @@ def root() -> Path:
 
 
 @contextlib.contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turn what a disk can refuse into our error, naming the place and what to type."""
+def disk_errors(where: Path, another: str = "another build folder: BUILD=/a/writable/folder") -> Iterator[None]:
+    """Turn what a disk can refuse into our error, naming the place and what to type: *another* says what to choose."""
     try:
         yield
     except OSError as error:
@@ -46,16 +46,16 @@ def disk_errors(where: Path) -> Iterator[None]:
                 "the folder cannot be written",
                 file=str(where),
                 found=str(error),
-                next_command=_elsewhere(where),
+                next_command=_elsewhere(where, another),
             ) from error
         raise
 
 
-def _elsewhere(where: Path) -> str:
+def _elsewhere(where: Path, another: str) -> str:
     """What to type where a folder cannot be written."""
     if where.is_relative_to(root()):
         return "XDG_CACHE_HOME=/a/writable/folder make apply"
-    return f"ls -ld {where}    # another build folder: BUILD=/a/writable/folder"
+    return f"ls -ld {where}    # {another}"
 
 
 @contextlib.contextmanager

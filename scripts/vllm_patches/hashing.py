@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,11 @@ _AHEAD = 8  # batches that may wait, so that memory stays small
 def sha256(data: bytes) -> str:
     """The hash of a content, 64 hex digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def sri(data: bytes) -> str:
+    """``sha256-`` and base64, as Nix and browsers write it (W3C Subresource Integrity)."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(data).digest()).decode()
 
 
 def file_sha256(path: Path) -> str:

@@ -59,6 +59,11 @@ class Problem:
         return f"{self.file}: {self.rule}\n  expected: {self.expected}\n  found:    {self.found}{tail}"
 
 
+def pull_requests(fix: Fix) -> list[str]:
+    """The addresses of upstream's pull requests for *fix*."""
+    return [f"{REPOSITORY}/pull/{number}" for number in fix.upstream_pr]
+
+
 def proof_id(fix: str, release: str) -> str:
     """The pytest id of the proof of *fix* on *release*, as the trailer ``Test:`` names it."""
     return f"{PROOFS}::test_proof[{fix}-{release}]"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from vllm_patches import __version__
 from vllm_patches.hashing import sha256
+from vllm_patches.headers import pull_requests
 from vllm_patches.hunks import blob_id
 from vllm_patches.model import Artifact, Disposition, Fix, Patch, Wheel
 from vllm_patches.patchset import Change, PatchSet
@@ -19,7 +20,6 @@ from vllm_patches.patchset import Change, PatchSet
 SCHEMA = 1
 PATCHES_JSON = "patches.json"  # in the dist-info folder
 MODIFICATIONS, NOTICE = "MODIFICATIONS", "NOTICE-vllm-patches"
-UPSTREAM = "https://github.com/vllm-project/vllm"
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _others(mods: Modifications) -> str:
 def _patch_lines(mods: Modifications, name: str) -> list[str]:
     patch = next(patch for patch in mods.patch_set.series.patches if patch.name == name)
     fix = mods.fixes.get(patch.number)
-    requests = [f"    upstream: {UPSTREAM}/pull/{number}" for number in fix.upstream_pr] if fix else []
+    requests = [f"    upstream: {address}" for address in pull_requests(fix)] if fix else []
     return [f"  {name}: {patch.subject}", *requests]
 
 

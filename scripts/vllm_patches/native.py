@@ -6,7 +6,6 @@ registration: it replaces the kernel of the operator in torch's dispatcher. The 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 from vllm_patches import cache
 from vllm_patches.errors import PatchesError
 from vllm_patches.fatbin import read_library
+from vllm_patches.hashing import sha256
 from vllm_patches.hunks import apply_patch
 from vllm_patches.model import Patch, Release
 from vllm_patches.modifications import Addition, hashes
@@ -106,7 +106,7 @@ def build_overlay(
         "operators": [f"{unit.namespace}::{name}" for name in unit.operators],
         "source": {unit.source: {"before": hashes(before), "after": hashes(after)}},
         "library": PACKAGE + unit.library,
-        "library_sha256": hashlib.sha256(built).hexdigest(),
+        "library_sha256": sha256(built),
         "archs": [f"sm_{arch}" for arch in archs],
         "dropped": dropped,
         "nvcc": nvcc.version,
@@ -172,11 +172,11 @@ def _compiled(
     host = os.environ.get("CXX", "g++")
     compiler = subprocess.run([host, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
     inputs = {
-        "sources": {path: hashlib.sha256(data).hexdigest() for path, data in sorted(sources.items())},
+        "sources": {path: sha256(data) for path, data in sorted(sources.items())},
         "overlay": overlay_source(unit).decode(),
         "flags": [FLAGS, archs, runtime, nvcc.version, torch.version, torch.cuda, compiler, platform.machine()],
     }
-    kept = cache.root() / "native" / hashlib.sha256(json.dumps(inputs).encode()).hexdigest() / unit.library
+    kept = cache.root() / "native" / sha256(json.dumps(inputs).encode()) / unit.library
     if kept.is_file():
         return kept.read_bytes()
     say(f"compiling {unit.source} for {', '.join(f'sm_{a}' for a in archs)} with nvcc {nvcc.version}: minutes")

@@ -89,7 +89,7 @@ def plan(catalog: Catalog, release: Release, read: ReadBytes, without: tuple[str
     after = dict(before)
     for patch in python.patches:
         after = apply_patch(patch, after, release=release.version)
-    changes = tuple(Change(path, before[path], after[path], _touching(python, path)) for path in python.paths)
+    changes = tuple(Change(path, before[path], after[path], touching(python, path)) for path in python.paths)
     left_out = {name.partition("-")[0]: paths for name, paths in native_parts(series).items() if name in without}
     return PatchSet(release, series, changes, without, left_out)
 
@@ -108,7 +108,7 @@ def _pristine(release: Release, series: Series, read: ReadBytes, ways_out: str) 
         raise PatchesError(
             "files are not the release's own; nothing was changed",
             release=release.version,
-            patch=", ".join(dict.fromkeys(name for path in wrong for name in _touching(series, path))),
+            patch=", ".join(dict.fromkeys(name for path in wrong for name in touching(series, path))),
             file=", ".join(wrong),
             expected="the pristine file, told by its git blob id",
             found="\n".join(f"{path}: {stand}" for path, stand in wrong.items()),
@@ -117,7 +117,8 @@ def _pristine(release: Release, series: Series, read: ReadBytes, ways_out: str) 
     return files
 
 
-def _touching(series: Series, path: str) -> tuple[str, ...]:
+def touching(series: Series, path: str) -> tuple[str, ...]:
+    """The names of the patches that touch *path*."""
     return tuple(patch.name for patch in series.patches if any(file.path == path for file in patch.files))
 
 

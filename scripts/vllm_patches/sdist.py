@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import tarfile
 import zlib
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from vllm_patches.commits import Entry
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import sha256
 from vllm_patches.model import Artifact, Release
 
 
@@ -41,7 +41,7 @@ def _read(path: Path, release: Release) -> bytes:
             file=str(path),
             next_command=f"ls -l {path}",
         ) from error
-    check_hash(path, hashlib.sha256(data).hexdigest(), len(data), release.sdist_file)
+    check_hash(path, sha256(data), len(data), release.sdist_file)
     return data
 
 

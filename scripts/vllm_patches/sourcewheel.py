@@ -25,7 +25,7 @@ from vllm_patches.modifications import (
     patches_json,
 )
 from vllm_patches.outfile import OutFile
-from vllm_patches.patchset import Change, PatchSet, is_packaged, native_parts
+from vllm_patches.patchset import Change, PatchSet, is_packaged, native_parts, touching
 from vllm_patches.record import Row, dump_record, parse_record, row_of
 from vllm_patches.wheelfile import HashedSource, Member, ZipWriter, digest, read_data, read_members
 
@@ -115,7 +115,7 @@ def _account(source: Source, file: int, members: Mapping[str, Member], version: 
     paths = list(series.paths)
     before, after = _contents(source, source.base, paths), _contents(source, source.head, paths)
     changes = tuple(
-        Change(path, before[path], after[path], _touching(source, path)) for path in paths if is_packaged(path)
+        Change(path, before[path], after[path], touching(series, path)) for path in paths if is_packaged(path)
     )
     native = {
         path: {"before": hashes(before[path]), "after": hashes(after[path])}
@@ -141,11 +141,6 @@ def _contents(source: Source, commit: str, paths: list[str]) -> dict[str, bytes]
     blobs = git.blobs(source.tree, commit, paths)
     contents = git.read_blobs(source.tree, blobs.values())
     return {path: contents[blob] for path, blob in blobs.items()}
-
-
-def _touching(source: Source, path: str) -> tuple[str, ...]:
-    series = source.catalog.series_of(source.release)
-    return tuple(patch.name for patch in series.patches if any(file.path == path for file in patch.files))
 
 
 def _write(

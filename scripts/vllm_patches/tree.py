@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from typing import NoReturn
 from vllm_patches import cache, git
 from vllm_patches.commits import Entry, pristine_stream, series_stream
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import file_sha256, sha256
 from vllm_patches.hunks import apply_patch, blob_id
 from vllm_patches.model import Patch, Release, Series
 from vllm_patches.sdist import entries, open_sdist
@@ -69,7 +69,7 @@ def _load(folder: Path) -> Pristine | None:
 def _record(folder: Path, commit: str) -> dict[str, str]:
     """What is noted of the objects: their commit, their hashes, and a hash over these."""
     noted = {"commit": commit} | {name: _file_hash(folder / name) for name in ("objects.pack", "objects.idx")}
-    return noted | {"check": hashlib.sha256(json.dumps(noted).encode()).hexdigest()}
+    return noted | {"check": sha256(json.dumps(noted).encode())}
 
 
 def _unsound(release: Release, folder: Path) -> NoReturn:
@@ -173,7 +173,6 @@ def _copy_objects(pristine: Pristine, directory: Path) -> None:
 
 def _file_hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except FileNotFoundError:
         return ""

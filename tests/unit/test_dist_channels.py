@@ -14,10 +14,10 @@ import pytest
 from vllm_patches.dist import aur, combined, conda, dockerfile, nix, quilt, rpm, spack
 from vllm_patches.dist.bundle import Bundle, Item
 from vllm_patches.dist.compose import Wish, compose
-from vllm_patches.dist.hashes import sha256, sri
 from vllm_patches.dist.links import Links
 from vllm_patches.dist.manifest import manifest, modifications
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import sha256, sri
 from vllm_patches.hunks import blob_id
 from vllm_patches.store import pristine_files
 from world import ENGINE, KERNEL, SCRIPT, World, sdist_files, write_tree

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from vllm_patches.dist.compose import Wish, compose
 from vllm_patches.dist.proofs import Proofs, read_proofs
-from vllm_patches.dist.statements import Evidence, assets, purl, withheld
+from vllm_patches.dist.statements import Evidence, assets, purl
 from vllm_patches.errors import PatchesError
 from vllm_patches.store import pristine_files
 from world import ENGINE, World
@@ -50,7 +50,7 @@ def documents(found: Evidence) -> dict[str, Any]:
 
 def test_all_three_are_stated(world: World, rows: list[dict[str, Any]]) -> None:
     found = evidence(world, rows)
-    assert withheld(found) == {}
+    assert found.withheld == {}
     vex = documents(found)["openvex.json"]
     assert (vex["@context"], vex["version"], vex["timestamp"]) == (
         "https://openvex.dev/ns/v0.2.0",
@@ -90,7 +90,7 @@ def test_a_backport_is_called_one(world: World, rows: list[dict[str, Any]]) -> N
 def test_without_proofs_nothing_is_stated(world: World) -> None:
     found = evidence(world, None)
     assert assets(found) == []
-    assert withheld(found) == dict.fromkeys(
+    assert found.withheld == dict.fromkeys(
         ("0001", "0003", "0005"), "no results of a proof run were given (--proof FILE)"
     )
 
@@ -160,7 +160,7 @@ def test_a_repro_that_does_not_flip(
 ) -> None:
     spoil(rows[1])
     found = evidence(world, rows)
-    assert withheld(found) == {"0003": why}
+    assert found.withheld == {"0003": why}
     made = documents(found)
     assert [s["vulnerability"]["name"] for s in made["openvex.json"]["statements"]] == [
         "VLLM-PATCHES-0001",
@@ -173,7 +173,7 @@ def test_a_repro_that_does_not_flip(
 def test_a_file_that_is_not_the_proved_one(world: World, rows: list[dict[str, Any]]) -> None:
     """0001 alone leaves an engine that no proof has seen: 0003 changes it too. The script of 0005 is the proved one."""
     found = evidence(world, rows, "0001", "0005")
-    assert withheld(found) == {"0001": f"{ENGINE} is not the file that was proved, as other patches change it too"}
+    assert found.withheld == {"0001": f"{ENGINE} is not the file that was proved, as other patches change it too"}
     product = "pkg:pypi/vllm@0.20.2%2Bpatches.1.only.1.5"
     assert documents(found)["openvex.json"]["statements"][0]["products"][0]["@id"] == product
 
@@ -181,7 +181,7 @@ def test_a_file_that_is_not_the_proved_one(world: World, rows: list[dict[str, An
 def test_no_tree_with_another_series_was_proved(world: World, rows: list[dict[str, Any]]) -> None:
     found = evidence(world, rows)
     other = replace(found, bundle=replace(found.bundle, third_party="own"))
-    assert set(withheld(other).values()) == {"no repro was run on a tree with the series own in it"}
+    assert set(other.withheld.values()) == {"no repro was run on a tree with the series own in it"}
     assert assets(other) == []
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from vllm_patches.dist.bundle import Asset
-from vllm_patches.dist.hashes import sha256, sri
 from vllm_patches.dist.tarball import LAST_SECOND, gzip_stored, source_date_epoch, sri_sums, sums, tar
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import sha256, sri
 
 FILES = [Asset("b/run.sh", b"#!/bin/sh\n", executable=True), Asset("a.txt", b"a\n"), Asset("b/a.txt", b"")]
 

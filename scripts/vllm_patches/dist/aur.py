@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vllm_patches.dist.bundle import Asset, Bundle
-from vllm_patches.dist.hashes import sha256
 from vllm_patches.dist.links import Links, banner
+from vllm_patches.hashing import sha256
 
 
 def assets(bundle: Bundle, links: Links) -> list[Asset]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from vllm_patches.dist.unified import Section
 from vllm_patches.model import Release
+from vllm_patches.wheelmeta import local_version
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Bundle:
     @property
     def version(self) -> str:
         """The local version of what the patches make of the release: as a wheel's, and what was chosen of it."""
-        parts = [f"{self.release.version}+patches.{self.release.revision}"]
+        parts = [local_version(self.release)]
         if self.left_out:
             parts += ["only", *(str(int(item.fix)) for item in self.items if item.fix)]
         if self.third_party:

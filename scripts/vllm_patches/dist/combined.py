@@ -7,7 +7,7 @@ from difflib import SequenceMatcher
 
 from vllm_patches.dist.bundle import Asset, Bundle
 from vllm_patches.dist.links import Links, banner
-from vllm_patches.dist.unified import NO_BLOB
+from vllm_patches.dist.unified import NO_BLOB, span
 from vllm_patches.hunks import blob_id, split_lines
 
 CONTEXT = 3  # lines, as in the series
@@ -38,7 +38,10 @@ def _file(path: str, bundle: Bundle) -> bytes:
         head += [f"deleted file mode {mode}", f"index {old}..{new}"]
     else:
         head += [f"index {old}..{new} {mode}"]
-    head += [f"--- {'/dev/null' if before is None else f'a/{path}'}", f"+++ {'/dev/null' if after is None else f'b/{path}'}"]
+    head += [
+        f"--- {'/dev/null' if before is None else f'a/{path}'}",
+        f"+++ {'/dev/null' if after is None else f'b/{path}'}",
+    ]
     return "".join(f"{line}\n" for line in head).encode() + b"".join(_hunks(before or b"", after or b""))
 
 
@@ -47,7 +50,7 @@ def _hunks(before: bytes, after: bytes) -> Iterable[bytes]:
     matcher = SequenceMatcher(None, old, new, autojunk=False)
     for group in matcher.get_grouped_opcodes(CONTEXT):
         (_, a, _, c, _), (_, _, b, _, d) = group[0], group[-1]
-        yield f"@@ -{_span(a, b)} +{_span(c, d)} @@\n".encode()
+        yield b"@@ -" + _range(a, b) + b" +" + _range(c, d) + b" @@\n"
         for tag, i, j, k, m in group:
             if tag == "equal":
                 yield from (_line(b" ", line) for line in old[i:j])
@@ -56,10 +59,9 @@ def _hunks(before: bytes, after: bytes) -> Iterable[bytes]:
             yield from (_line(b"+", line) for line in new[k:m])
 
 
-def _span(start: int, end: int) -> str:
-    """START,COUNT of a half-open range of lines; an empty one is named by the line before it."""
-    count = end - start
-    return f"{start + 1}" if count == 1 else f"{start + (count > 0)},{count}"
+def _range(start: int, end: int) -> bytes:
+    """A half-open range of lines, counted from 0; an empty one is named by the line before it."""
+    return span(start + (end > start), end - start)
 
 
 def _line(kind: bytes, line: bytes) -> bytes:

@@ -87,7 +87,13 @@ def _needs_none(release: Release, fix: str) -> bool:
 
 
 def _not_closed(
-    release: Release, patch: Patch, missing: Iterable[str], chosen: Iterable[str], found: str, file: str = "", hunk: int = 0
+    release: Release,
+    patch: Patch,
+    missing: Iterable[str],
+    chosen: Iterable[str],
+    found: str,
+    file: str = "",
+    hunk: int = 0,
 ) -> PatchesError:
     together = sorted({*missing, *chosen})
     return PatchesError(
@@ -106,11 +112,13 @@ def _no_common_names(ours: Iterable[Patch], theirs: Iterable[ThirdPatch]) -> Non
     names = {patch.name for patch in ours}
     for patch in theirs:
         if patch.name in names:
-            raise bad_patch(patch.name, "a name that none of ours has", patch.name, command=f"quilt rename -P {patch.name} NEW")
+            raise bad_patch(
+                patch.name, "a name that none of ours has", patch.name, command=f"quilt rename -P {patch.name} NEW"
+            )
 
 
 def _candidates(patch: ThirdPatch) -> set[str]:
-    """The paths that the patch may mean: with one folder stripped, and with none or two, to tell a wrong strip level."""
+    """The paths that the patch may mean: one folder stripped, and none or two, to tell a wrong strip level."""
     found: set[str] = set()
     for section in patch.sections:
         found |= {section.path, section.stated, section.path.partition("/")[2]}
@@ -193,7 +201,8 @@ def _conflict(release: Release, name: str, misfit: Misfit, others: tuple[str, ..
         hunk=misfit.hunk,
         expected="no line that both change, or that one changes and the other needs as context",
         found=line,
-        next_command=f"make apply PIN={release.version}    # rebase the other series on what it makes, then quilt refresh",
+        next_command=f"make apply PIN={release.version}    "
+        "# rebase the other series on what it makes, then quilt refresh",
     )
 
 

@@ -6,8 +6,8 @@ from importlib import resources
 
 from vllm_patches.dist.bundle import Asset, Bundle
 from vllm_patches.dist.combined import diff
-from vllm_patches.dist.hashes import sha256
 from vllm_patches.dist.links import Links, banner
+from vllm_patches.hashing import sha256
 from vllm_patches.patchset import is_packaged
 
 NO_FILE = "-"  # in place of a hash

@@ -15,12 +15,12 @@ from vllm_patches.catalog import Catalog
 from vllm_patches.dist import aur, combined, conda, dockerfile, nativedeps, nix, quilt, rpm, spack, statements, tarball
 from vllm_patches.dist.bundle import Asset, Bundle
 from vllm_patches.dist.compose import Wish, compose
-from vllm_patches.dist.hashes import sha256
 from vllm_patches.dist.licences import licences
 from vllm_patches.dist.links import Links
 from vllm_patches.dist.manifest import manifest, modifications
 from vllm_patches.dist.proofs import Proofs
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import sha256
 from vllm_patches.model import Release
 from vllm_patches.outcome import Say
 from vllm_patches.sdist import entries, open_sdist
@@ -159,7 +159,7 @@ def _refuse_existing(target: Path) -> None:
             file=str(target),
             expected="no file or folder of that name",
             found="one that exists",
-            next_command=f"rm -r {target}    # or another place: --out DIR, with make DIST=DIR",
+            next_command=f"rm -r {target}    # or {_ANOTHER}",
         )
 
 
@@ -189,7 +189,7 @@ def _release(
     withheld = dict.fromkeys((item.fix for item in bundle.items if item.fix), "the channel was not asked for")
     if order.wants(STATEMENTS):
         evidence = statements.Evidence(bundle, series, catalog.fixes, order.proofs, epoch)
-        withheld = statements.withheld(evidence)
+        withheld = evidence.withheld
         assets += statements.assets(evidence)
     assets += [manifest(bundle, withheld), modifications(bundle, catalog.fixes)]
     return assets, _result(bundle, withheld)
@@ -217,7 +217,7 @@ def _result(bundle: Bundle, withheld: Mapping[str, str]) -> ReleaseDist:
 
 def _write(target: Path, files: Iterable[Asset]) -> None:
     """All files into a folder beside *target*, which then gets the name."""
-    with _own_words(target), cache.disk_errors(target.parent):
+    with _folder_errors(target), cache.disk_errors(target.parent, _ANOTHER):
         target.parent.mkdir(parents=True, exist_ok=True)
         with cache.scratch(target.parent, ".dist-") as scratch:
             folder = scratch / target.name
@@ -230,21 +230,19 @@ def _write(target: Path, files: Iterable[Asset]) -> None:
             folder.rename(target)
 
 
+_ANOTHER = "another place: --out DIR, with make DIST=DIR"
+
+
 @contextlib.contextmanager
-def _own_words(target: Path) -> Iterator[None]:
-    """What the disk refuses, told as being about the output folder."""
-    advice = f"ls -ld {target.parent}    # another place: --out DIR, with make DIST=DIR"
+def _folder_errors(target: Path) -> Iterator[None]:
+    """A file where a folder should be, told as being about the output folder."""
     try:
         yield
-    except PatchesError as error:
-        if "BUILD=" in error.next_command:
-            error.next_command = advice
-        raise
     except (NotADirectoryError, FileExistsError) as error:
         raise PatchesError(
             "the output folder cannot be made",
             file=str(target.parent),
             expected="a folder, or a name that is free",
             found=error.strerror or str(error),
-            next_command=advice,
+            next_command=f"ls -ld {target.parent}    # {_ANOTHER}",
         ) from error

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from vllm_patches import __version__
 from vllm_patches.dist.bundle import Asset, Bundle
-from vllm_patches.dist.hashes import sha256, sri
 from vllm_patches.dist.links import banner
-from vllm_patches.headers import REPOSITORY
+from vllm_patches.hashing import sha256, sri
+from vllm_patches.headers import pull_requests
 from vllm_patches.model import Fix
 from vllm_patches.modifications import hashes
 
@@ -53,13 +53,14 @@ def _file(before: bytes | None, after: bytes | None) -> dict[str, object]:
 
 def modifications(bundle: Bundle, fixes: Mapping[str, Fix]) -> Asset:
     """MODIFICATIONS: the notice of change that Apache-2.0, section 4(b) asks of whoever passes a patched vLLM on."""
-    lines = [banner(bundle), "", f"A vLLM {bundle.release.version} with these patches differs from the release in these files:"]
+    what = f"A vLLM {bundle.release.version} with these patches differs from the release in these files:"
+    lines = [banner(bundle), "", what]
     for path in sorted(bundle.after):
         lines += ["", path]
         for item in bundle.items:
             if path in item.paths:
-                pulls = fixes[item.fix].upstream_pr if item.fix else ()
-                origin = "".join(f"\n    upstream: {REPOSITORY}/pull/{number}" for number in pulls)
+                pulls = pull_requests(fixes[item.fix]) if item.fix else []
+                origin = "".join(f"\n    upstream: {address}" for address in pulls)
                 lines.append(f"  {item.name}: {item.subject}{origin}")
     lines += ["", "vllm-patches is not affiliated with the vLLM project.", ""]
     return Asset("MODIFICATIONS", "\n".join(lines).encode())

@@ -7,8 +7,8 @@ the hash, so its hash depends on that version. Our patches' bytes never move, wh
 from __future__ import annotations
 
 from vllm_patches.dist.bundle import Asset, Bundle
-from vllm_patches.dist.hashes import sri
 from vllm_patches.dist.links import Links, banner
+from vllm_patches.hashing import sri
 
 
 def assets(bundle: Bundle, links: Links) -> list[Asset]:
@@ -18,7 +18,9 @@ def assets(bundle: Bundle, links: Links) -> list[Asset]:
     fetched = [line for item in bundle.items for line in _fetch(bundle, item.name, item.raw)]
     return [
         Asset("nix/patches.nix", _text([f"# {banner(bundle)}", "[", *local, "]"])),
-        Asset("nix/fetched.nix", _text([f"# {banner(bundle)}", f"{{ fetchurl, baseUrl{default} }}:", "[", *fetched, "]"])),
+        Asset(
+            "nix/fetched.nix", _text([f"# {banner(bundle)}", f"{{ fetchurl, baseUrl{default} }}:", "[", *fetched, "]"])
+        ),
     ]
 
 

@@ -99,7 +99,12 @@ def _read_patch(folder: Path, name: str) -> ThirdPatch:
         raw = (folder / name).read_bytes()
     except OSError as error:
         raise bad_patch(
-            name, "a file of that name beside the series file", error.strerror or "", str(folder / name), 0, f"ls {folder}"
+            name,
+            "a file of that name beside the series file",
+            error.strerror or "",
+            str(folder / name),
+            0,
+            f"ls {folder}",
         ) from error
     if not raw.endswith(b"\n"):
         raise bad_patch(name, "a line feed at the end", "none")

@@ -12,12 +12,13 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from urllib.parse import quote
 
 from vllm_patches import __version__
 from vllm_patches.dist.bundle import Asset, Bundle, Item
 from vllm_patches.dist.proofs import Proofs
-from vllm_patches.headers import REPOSITORY
+from vllm_patches.headers import REPOSITORY, pull_requests
 from vllm_patches.hunks import blob_id
 from vllm_patches.model import IDENT_EMAIL, IDENT_NAME, Fix, Release, Series
 
@@ -34,6 +35,11 @@ class Evidence:
     proofs: Proofs | None
     epoch: int
 
+    @cached_property
+    def withheld(self) -> dict[str, str]:
+        """For each fix of the bundle about which no statement can be made, why."""
+        return {item.fix: why for item in self.bundle.items if item.fix and (why := _why_not(self, item))}
+
     @property
     def timestamp(self) -> str:
         """The moment of the statements, RFC 3339."""
@@ -43,11 +49,6 @@ class Evidence:
 def purl(version: str) -> str:
     """The package URL of a vLLM of that version; the local version's plus sign is percent-encoded."""
     return f"pkg:pypi/vllm@{quote(version, safe='')}"
-
-
-def withheld(evidence: Evidence) -> dict[str, str]:
-    """For each fix of the bundle about which no statement can be made, why."""
-    return {item.fix: why for item in evidence.bundle.items if item.fix and (why := _why_not(evidence, item))}
 
 
 def _why_not(evidence: Evidence, item: Item) -> str:
@@ -65,8 +66,7 @@ def _why_not(evidence: Evidence, item: Item) -> str:
 
 def assets(evidence: Evidence) -> list[Asset]:
     """``openvex.json`` and ``cyclonedx.json``; none where nothing can be stated."""
-    silent = withheld(evidence)
-    proved = [item for item in evidence.bundle.items if item.fix and item.fix not in silent]
+    proved = [item for item in evidence.bundle.items if item.fix and item.fix not in evidence.withheld]
     if not proved:
         return []
     return [
@@ -91,7 +91,7 @@ def _openvex(evidence: Evidence, proved: list[Item]) -> dict[str, object]:
             "vulnerability": {
                 "name": _defect(item.fix),
                 "description": evidence.fixes[item.fix].defect,
-                "aliases": _pulls(evidence.fixes[item.fix]),
+                "aliases": pull_requests(evidence.fixes[item.fix]),
             },
             "products": [{"@id": product, "identifiers": {"purl": product}}],
             "status": "fixed",
@@ -112,8 +112,8 @@ def _openvex(evidence: Evidence, proved: list[Item]) -> dict[str, object]:
 def _notes(evidence: Evidence, item: Item) -> str:
     release = evidence.bundle.release
     return (
-        f"{item.name} is in: its files are the proved ones by git blob id. Its repro fails on vLLM {release.version} as "
-        f"released and passes on the patched tree {release.head[:12]}. In that release: "
+        f"{item.name} is in: its files are the proved ones by git blob id. Its repro fails on vLLM {release.version} "
+        f"as released and passes on the patched tree {release.head[:12]}. In that release: "
         f"{release.states[item.fix].state.value}."
     )
 
@@ -169,7 +169,7 @@ def _patch(evidence: Evidence, item: Item, proved: bool) -> dict[str, object]:
                 "name": fix.title,
                 "description": fix.symptom,
                 "source": {"name": "vLLM pull requests", "url": f"{REPOSITORY}/pulls"},
-                "references": _pulls(fix),
+                "references": pull_requests(fix),
             }
         ]
     return entry
@@ -177,7 +177,3 @@ def _patch(evidence: Evidence, item: Item, proved: bool) -> dict[str, object]:
 
 def _defect(fix: str) -> str:
     return f"VLLM-PATCHES-{fix}"
-
-
-def _pulls(fix: Fix) -> list[str]:
-    return [f"{REPOSITORY}/pull/{number}" for number in fix.upstream_pr]

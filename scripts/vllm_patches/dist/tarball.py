@@ -14,8 +14,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 
 from vllm_patches.dist.bundle import Asset
-from vllm_patches.dist.hashes import sha256, sri
 from vllm_patches.errors import PatchesError
+from vllm_patches.hashing import sha256, sri
 
 _BLOCK = 0xFFFF  # bytes: the most that a stored block holds
 LAST_SECOND = 8**11 - 1  # the latest time that a ustar header can say

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from vllm_patches.errors import PatchesError
+from vllm_patches.hunks import split_lines
 from vllm_patches.model import Hunk
 
 NO_BLOB = "0" * 40
@@ -52,7 +53,7 @@ def parse_unified(name: str, raw: bytes) -> tuple[Section, ...]:
     if b"\r\n" in raw:
         line = raw[: raw.index(b"\r\n")].count(b"\n") + 1
         raise bad_patch(name, "LF line ends", f"CRLF in line {line}", command=f"sed -i 's/\\r$//' {name}")
-    lines = raw.splitlines(keepends=True) if b"\r" not in raw else _split(raw)
+    lines = split_lines(raw)
     sections: list[Section] = []
     at, header = 0, False
     while at < len(lines):
@@ -67,11 +68,6 @@ def parse_unified(name: str, raw: bytes) -> tuple[Section, ...]:
     if not sections:
         raise bad_patch(name, "at least one '--- a/…', '+++ b/…' and '@@ … @@'", "none")
     return tuple(sections)
-
-
-def _split(raw: bytes) -> list[bytes]:
-    lines = raw.split(b"\n")
-    return [line + b"\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
 
 
 def _starts_file(lines: Sequence[bytes], at: int) -> bool:
@@ -150,7 +146,11 @@ def _kind(old: str, new: str, header: bytes, hunks: Sequence[Hunk]) -> Kind:
     alone = hunks[0] if len(hunks) == 1 else None
     if old == "/dev/null" or b"new file mode " in header or (alone and (alone.old_start, alone.old_count) == (0, 0)):
         return Kind.CREATE
-    if new == "/dev/null" or b"deleted file mode " in header or (alone and (alone.new_start, alone.new_count) == (0, 0)):
+    if (
+        new == "/dev/null"
+        or b"deleted file mode " in header
+        or (alone and (alone.new_start, alone.new_count) == (0, 0))
+    ):
         return Kind.DELETE
     return Kind.CHANGE
 
@@ -180,9 +180,7 @@ def _read_hunk(name: str, path: str, lines: Sequence[bytes], at: int, number: in
     return Hunk(old_start, old, new_start, new, tuple(body)), at
 
 
-def bad_patch(
-    name: str, expected: str, found: str, file: str = "", hunk: int = 0, command: str = ""
-) -> PatchesError:
+def bad_patch(name: str, expected: str, found: str, file: str = "", hunk: int = 0, command: str = "") -> PatchesError:
     """The error for a patch of somebody else's that cannot be taken as it is."""
     return PatchesError(
         "the patch cannot be taken as it is",
@@ -197,7 +195,7 @@ def bad_patch(
 
 def rewrite(raw: bytes, sections: Sequence[Section], placed: Sequence[tuple[str, str, Sequence[Hunk]]]) -> bytes:
     """*raw* with other line numbers and blob ids: for each section its blobs before and after, and its hunks."""
-    lines = raw.splitlines(keepends=True) if b"\r" not in raw else _split(raw)
+    lines = split_lines(raw)
     for section, (before, after, hunks) in zip(sections, placed, strict=True):
         if section.index_at is not None:
             lines[section.index_at] = _index_line(lines[section.index_at], before, after)
@@ -220,10 +218,10 @@ def _hunk_line(line: bytes, hunk: Hunk) -> bytes:
     assert match
     if (hunk.old_start, hunk.new_start) == (int(match[1]), int(match[3])):
         return line
-    old, new = _span(hunk.old_start, hunk.old_count), _span(hunk.new_start, hunk.new_count)
+    old, new = span(hunk.old_start, hunk.old_count), span(hunk.new_start, hunk.new_count)
     return b"@@ -" + old + b" +" + new + b" @@" + match[5] + b"\n"
 
 
-def _span(start: int, count: int) -> bytes:
+def span(start: int, count: int) -> bytes:
     """START,COUNT as git and diff write it: a count of 1 is left out."""
     return f"{start}".encode() if count == 1 else f"{start},{count}".encode()
