@@ -86,8 +86,10 @@ def rates(rows: dict[tuple[str, str], Cell]) -> list[str]:
     """A line for each load that both sides came through in several rounds: the median, and the slowest and fastest."""
     lines: list[str] = []
     for (name, release), row in sorted(rows.items()):
+        if row["verdict"] != "control passed":
+            continue
         both = {side: row["sides"][side]["measures"] for side in ("stock", "patched")}
-        if row["verdict"] == "control passed" and all("rounds" in figures for figures in both.values()):
+        if all("rounds" in figures for figures in both.values()):
             said = [f"{side} {ranged_rate(figures)}" for side, figures in both.items()]
             lines += [
                 "",

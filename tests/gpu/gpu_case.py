@@ -51,7 +51,8 @@ class Case:
 
     *stock* is a regular expression for the failure of the stock side; empty: a control, which passes on both.
     *equal* names figures that must be the same on stock and patched. *judged* False: what is seen is recorded, and no
-    verdict is given. *alone*: nothing else runs meanwhile. *limit*: seconds for one side.
+    verdict is given; a release without a series has no other cases than such, with stock the only one of their *sides*.
+    *alone*: nothing else runs meanwhile. *limit*: seconds for one side.
     """
 
     name: str
@@ -77,7 +78,10 @@ def case(name: str, fix: str, releases: tuple[str, ...], **options: Any) -> Call
         if name in CASES:
             raise ValueError(f"case {name!r} is registered twice")
         about = options.pop("about", None) or (run.__doc__ or "").strip().splitlines()[0]
-        CASES[name] = Case(name, fix, releases, run, about, **options)
+        made = Case(name, fix, releases, run, about, **options)
+        if made.judged and not {Side.STOCK, Side.PATCHED} <= set(made.sides):
+            raise ValueError(f"case {name!r}: a verdict needs stock and patched")
+        CASES[name] = made
         return run
 
     return register

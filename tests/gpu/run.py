@@ -2,9 +2,10 @@
 
     python tests/gpu/run.py --stock DIR|WHEEL|TREE [--patched DIR|WHEEL|TREE] [--case NAME ...] [--list]
 
-Without --patched it is made from the stock one by this project's own tool. Each side of each case is a process of its
-own. A case is proved when the stock side fails with the named error and the patched side passes; a case that was not
-run is reported as that and makes the exit status 1, like one that is not proved.
+Without --patched it is made from the stock one by this project's own tool; a release without a series has the stock
+side alone, and cases that only observe. Each side of each case is a process of its own. A case is proved when the stock
+side fails with the named error and the patched side passes; a case that was not run is reported as that and makes the
+exit status 1, like one that is not proved.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Run:
 
     options: argparse.Namespace
     stock: targets.Target
-    patched: targets.Target
+    patched: targets.Target | None  # None: the release has no series
     work: Path
     cases: list[Case]
     info: dict[str, Any]
@@ -67,7 +68,14 @@ class Run:
 
     def folder(self, side: Side) -> Path:
         """The vLLM of a side; the upstream one is made from the patched at run time."""
-        return (self.stock if side is Side.STOCK else self.patched).folder
+        target = self.stock if side is Side.STOCK else self.patched
+        if target is None:
+            raise PatchesError(
+                "a case asks for a side that this release does not have", release=self.stock.version,
+                expected="stock alone: there is no series", found=side.value,
+                next_command="python tests/gpu/run.py --list",
+            )  # fmt: skip
+        return target.folder
 
 
 def environment(folder: Path, work: Path, sites: list[Path]) -> dict[str, str]:
@@ -157,6 +165,8 @@ def save(run: Run) -> None:
 
 def perform_all(run: Run) -> None:
     """The cases that may share the GPU, side by side; then one by one those that must have it alone."""
+    for side in {side for case in run.cases for side in case.sides}:
+        run.folder(side)  # a side that there is none for is an error before the first process, not after an hour
     shared = [(case, side) for case in run.cases if not case.alone for side in case.sides]
     with ThreadPoolExecutor(run.options.jobs) as pool:
         list(pool.map(lambda item: perform(run, *item), shared))
@@ -166,9 +176,10 @@ def perform_all(run: Run) -> None:
 
 
 def describe(
-    run_id: str, options: argparse.Namespace, stock: targets.Target, patched: targets.Target
+    run_id: str, options: argparse.Namespace, stock: targets.Target, patched: targets.Target | None
 ) -> dict[str, Any]:
-    """The head of the run: everything but the cases."""
+    """The head of the run: everything but the cases; "patched" is None where the release has no series."""
+    series = targets.patch_set(stock.version)
     env = environment(stock.folder, options.work, options.site)
     return {
         "id": run_id,
@@ -177,7 +188,7 @@ def describe(
         "machine": machine(options.python, env),
         "release": stock.version,
         "stock": {"kind": stock.kind, "fixes": stock.verified},
-        "patched": {"kind": patched.kind, "fixes": patched.verified, **targets.patch_set(stock.version)},
+        "patched": {"kind": patched.kind, "fixes": patched.verified, **series} if patched else None,
         "jobs": options.jobs,
     }
 
@@ -234,19 +245,27 @@ def default_out(info: Mapping[str, Any]) -> Path:
 
 
 def cleaner_for(
-    options: argparse.Namespace, stock: targets.Target, patched: targets.Target, work: Path
+    options: argparse.Namespace, stock: targets.Target, patched: targets.Target | None, work: Path
 ) -> results.Cleaner:
     """What takes this machine's folders out of the results."""
-    folders = {"stock": stock.folder, "patched": patched.folder, "work": work, "repository": ROOT}
+    folders = {"stock": stock.folder, "work": work, "repository": ROOT}
+    folders |= {"patched": patched.folder} if patched else {}
     folders |= {f"site{number}": site for number, site in enumerate(options.site)} | {"python": Path(sys.prefix)}
     return results.Cleaner(folders | ({"operators": options.operators} if options.operators else {}))
 
 
 def cleaned_command(
-    script: str, options: argparse.Namespace, stock: targets.Target, patched: targets.Target, work: Path
+    script: str, options: argparse.Namespace, stock: targets.Target, patched: targets.Target | None, work: Path
 ) -> str:
     """The command as typed, without this machine's folders."""
     return cleaner_for(options, stock, patched, work).text(shlex.join([script, *options.argv]))
+
+
+def patched_for(stock: targets.Target, options: argparse.Namespace) -> targets.Target | None:
+    """The patched vLLM: the given one, else made from *stock*; None where the release has no series to make it with."""
+    if options.patched:
+        return targets.open_target(options.patched, options.work)
+    return targets.make_patched(stock, options.work) if targets.patch_set(stock.version)["series"] else None
 
 
 def run_cases(options: argparse.Namespace) -> list[results.CaseResult]:
@@ -256,10 +275,7 @@ def run_cases(options: argparse.Namespace) -> list[results.CaseResult]:
     options.site = [site.resolve() for site in options.site]
     options.operators = options.operators.resolve() if options.operators else None
     stock = targets.open_target(options.stock, options.work)
-    if options.patched:
-        patched = targets.open_target(options.patched, options.work)
-    else:
-        patched = targets.make_patched(stock, options.work)
+    patched = patched_for(stock, options)
     cases = chosen(load_cases(options.cases), options, stock.version)
     started = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     work = options.work / f"run-{started}-{stock.version}"
@@ -283,9 +299,8 @@ def report(rows: list[results.CaseResult]) -> str:
     """The table, and what each bad row complains of."""
     lines = [("case", "release", "verdict", "stock", "patched", "seconds")]
     for row in rows:
-        stock, patched = row.sides["stock"], row.sides["patched"]
         seconds = sum(side.seconds for side in row.sides.values())
-        ended = (stock.outcome.value, patched.outcome.value)
+        ended = tuple(row.sides[side].outcome.value if side in row.sides else "no series" for side in lines[0][3:5])
         lines.append((row.case, row.release, row.verdict.value, *ended, f"{seconds:.0f}"))
     complaints = [f"{row.case}: {text}" for row in rows for text in row.complaints]
     return "\n".join([table(lines), *complaints])

@@ -20,6 +20,7 @@ sys.path[:0] = [str(GPU), str(ROOT / "ci")]
 
 import bench_gpu  # noqa: E402
 import engine  # noqa: E402
+import gpu_case  # noqa: E402
 import gpu_table  # noqa: E402
 import results  # noqa: E402
 from gpu_case import Case, Defect, Side, load_cases  # noqa: E402
@@ -85,6 +86,20 @@ def seen(context):
     """Only observed."""
     return {"side": context.side.value}
 '''
+STOCK_ALONE = '''
+
+@case("stock-alone", "0005", ("0.28.0",), judged=False, sides=(Side.STOCK,))
+def stock_alone(context):
+    """Only stock, only observed."""
+    return {"side": context.side.value}
+'''
+BOTH_SIDES = '''
+
+@case("both-sides", "0005", ("0.28.0",))
+def both_sides(context):
+    """There is no patched one."""
+    return {}
+'''
 WANTED = {
     "good": "proved",
     "signal": "proved",
@@ -98,21 +113,28 @@ WANTED = {
 }
 
 
-def tree(folder: Path) -> Path:
-    """The least that the runner takes for a source tree of 0.20.2."""
+def tree(folder: Path, version: str = "0.20.2") -> Path:
+    """The least that the runner takes for a source tree of a release."""
     (folder / "vllm").mkdir(parents=True)
     (folder / "vllm" / "__init__.py").write_text("", encoding="utf-8")
-    (folder / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.20.2\n", encoding="utf-8")
+    (folder / "PKG-INFO").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
     return folder
 
 
 def run(tmp_path: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """The runner on synthetic cases; its process and the results file."""
-    cases = tmp_path / "cases"
+    both = ("--patched", str(tree(tmp_path / "patched-tree")), "--jobs", "3")
+    return start(tmp_path, CASES, tree(tmp_path / "stock-tree"), *both, *words)
+
+
+def start(
+    tmp_path: Path, text: str, stock: Path, *words: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    """The runner on the cases of *text*."""
+    cases, out = tmp_path / "cases", tmp_path / "out.json"
     cases.mkdir()
-    (cases / "synthetic.py").write_text(CASES, encoding="utf-8")
-    stock, patched, out = tree(tmp_path / "stock-tree"), tree(tmp_path / "patched-tree"), tmp_path / "out.json"
-    command = [sys.executable, str(GPU / "run.py"), "--stock", str(stock), "--patched", str(patched), "--jobs", "3"]
+    (cases / "synthetic.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, str(GPU / "run.py"), "--stock", str(stock)]
     command += ["--cases", str(cases), "--out", str(out), "--work", str(tmp_path / "work"), *words]
     env = os.environ | {"VLLM_PATCHES_DIR": str(ROOT / "patches")}  # not the tests' own world
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
@@ -148,6 +170,38 @@ def test_an_unknown_case_is_an_error(tmp_path: Path) -> None:
     done, found = run(tmp_path, "--case", "no-such")
     assert (done.returncode, found) == (2, {})
     assert "run.py --list" in done.stderr
+
+
+def test_a_release_without_a_series_has_its_stock_side_observed(tmp_path: Path) -> None:
+    done, found = start(tmp_path, CASES + STOCK_ALONE, tree(tmp_path / "stock-tree", "0.28.0"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    SCHEMA.validate(found)
+    (only,) = found["runs"]
+    (row,) = only["cases"]
+    assert (only["release"], only["patched"], row["verdict"], list(row["sides"])) == (
+        "0.28.0", None, "observed", ["stock"],
+    )  # fmt: skip
+    assert re.search(r"stock-alone +0\.28\.0 +observed +pass +no series", done.stdout)
+    assert not list((tmp_path / "work").glob("patched-*"))
+    assert gpu_table.rates(gpu_table.newest_cases(found["runs"])) == []
+
+
+def test_a_release_without_a_series_has_no_other_side(tmp_path: Path) -> None:
+    done, found = start(tmp_path, CASES + STOCK_ALONE + BOTH_SIDES, tree(tmp_path / "stock-tree", "0.28.0"))
+    assert (done.returncode, found) == (2, {})
+    assert "a side that this release does not have" in done.stderr and "patched" in done.stderr
+
+
+def test_a_verdict_needs_both_sides() -> None:
+    with pytest.raises(ValueError, match="a verdict needs stock and patched"):
+        gpu_case.case("one-sided", "0005", ("0.28.0",), sides=(Side.STOCK,), about="x")(lambda context: {})
+    assert "one-sided" not in gpu_case.CASES
+    row = {"case": "x", "fix": "0005", "release": "0.28.0", "about": "", "expected": "", "complaints": []}
+    one = {"stock": {"outcome": "pass", "detail": "", "seconds": 1, "measures": {}, "excerpt": []}}
+    rows = SCHEMA.evolve(schema=SCHEMA.schema["$defs"]["case"] | {"$defs": SCHEMA.schema["$defs"]})
+    assert rows.is_valid(row | {"verdict": "observed", "sides": one})
+    assert not rows.is_valid(row | {"verdict": "proved", "sides": one})
+    assert rows.is_valid(row | {"verdict": "proved", "sides": one | {"patched": one["stock"]}})
 
 
 def test_time_that_is_over_leaves_cases_not_run(tmp_path: Path) -> None:
@@ -214,7 +268,8 @@ def test_the_cases_are_listed_without_a_gpu_and_name_what_they_expect() -> None:
         re.compile(case.stock)
         for release in case.releases:
             carried = {patch.number for patch in catalog.series_of(catalog.release(release)).patches}
-            assert case.fix in carried, f"{case.name}: no patch of {case.fix} in {release}"
+            observed = not catalog.release(release).series and case.sides == (Side.STOCK,) and not case.judged
+            assert case.fix in carried or observed, f"{case.name}: no patch of {case.fix} in {release}"
 
 
 def test_compare_takes_a_near_tie_and_nothing_else() -> None:

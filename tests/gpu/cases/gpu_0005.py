@@ -9,6 +9,7 @@ from gpu_case import Context, Defect, Side, case, expect
 from serving import Server
 
 RELEASES = ("0.20.2",)
+RECREATED = ("0.28.0",)  # no series of ours: upstream's hook re-creates the tensors, and a graph holds the draft loop
 CRASH = r"illegal memory access"
 GRAPHS = (1, 2, 4, 8, 16, 32)
 LENGTH = 24
@@ -130,24 +131,60 @@ DRAFT_PROMPTS = [prompt[: 5 + row] for row, prompt in enumerate(PROMPTS)]
 @case("0005-eagle3tokens-graphs", "0005", RELEASES, stock=CRASH, sides=(Side.STOCK, Side.PATCHED, Side.UPSTREAM))
 def draft_graphs(context: Context) -> dict[str, Any]:
     """EAGLE draft of 3 tokens in captured graphs: answers and drafts after a sleep as before it."""
-    draft = {"method": "eagle", "model": str(engine.model_folder("eagle", context.shared)), "num_speculative_tokens": 3}
-    model = sleepy(context, "dense", True, speculative_config=draft)
+    model = drafting(context, True)
     if context.side is Side.UPSTREAM:
         recreate_instead()
-    drafts = record_drafts(model)
-    runs = [drafted(model, drafts) for _ in range(3)]  # the first run fills the blocks, the others repeat
-    figures: dict[str, Any] = {"draft_graphs": draft_graph_count(model), "repeats": alike(runs[1], runs[2])}
-    addresses = layout_addresses(model)
-    cycle(model, 1)
-    figures["layout_tensors_moved"] = layout_addresses(model) != addresses
-    runs += [drafted(model, drafts) for _ in range(2)]
-    figures |= {"after_the_sleep": alike(runs[2], runs[3]), "and_once_more": alike(runs[2], runs[4])}
-    whole = alike(runs[2], runs[2])
+    figures: dict[str, Any] = {}
+    whole = sleep_and_draft(model, figures)
     if figures["repeats"] != whole or not figures["draft_graphs"]:
         raise _with(RuntimeError(f"the engine does not repeat its own answers and drafts: {figures}"), figures)
     if figures["and_once_more"] != whole or figures["after_the_sleep"] != whole:
         raise _with(Defect(f"other answers or drafts after the sleep: {figures}"), figures)
     return figures
+
+
+def drafting(context: Context, graphs: bool) -> Any:
+    """An engine on the V2 runner with an EAGLE draft of 3 tokens."""
+    draft = {"method": "eagle", "model": str(engine.model_folder("eagle", context.shared)), "num_speculative_tokens": 3}
+    return sleepy(context, "dense", graphs, speculative_config=draft)
+
+
+def sleep_and_draft(model: Any, figures: dict[str, Any]) -> dict[str, str]:
+    """Fill *figures* with what is alike before and after a sleep; returns what they say where all is alike."""
+    drafts = record_drafts(model)
+    runs = [drafted(model, drafts) for _ in range(3)]  # the first run fills the blocks, the others repeat
+    figures |= {"draft_graphs": draft_graph_count(model), "repeats": alike(runs[1], runs[2])}
+    addresses = layout_addresses(model)
+    cycle(model, 1)
+    figures["layout_tensors_moved"] = layout_addresses(model) != addresses
+    for name in ("after_the_sleep", "and_once_more"):
+        figures[name] = alike(runs[2], drafted(model, drafts))
+    return alike(runs[2], runs[2])
+
+
+def observe_recreated(name: str, graphs: bool, about: str) -> None:
+    """A case of releases whose own hook re-creates the tensors: what is seen, also where it ends in a crash."""
+
+    def run(context: Context) -> dict[str, Any]:
+        model, figures = drafting(context, graphs), {}
+        figures["draft_loop_is_one_graph"] = model.collective_rpc(_speculator)[0].use_fused_multi_step_decode and graphs
+        try:
+            sleep_and_draft(model, figures)
+        except Exception as error:
+            raise _with(error, figures) from error.__cause__
+        return figures
+
+    case(f"0005-recreated-{name}", "0005", RECREATED, judged=False, sides=(Side.STOCK,), about=about)(run)
+
+
+observe_recreated("eagle3tokens-graphs", True, "EAGLE draft of 3 tokens, graphs, upstream's hook: drafts after a sleep")
+observe_recreated("eagle3tokens-eager", False, "the same without graphs")
+
+
+@case("0005-recreated-level-1-graphs", "0005", RECREATED, judged=False, sides=(Side.STOCK,))
+def recreated_without_draft(context: Context) -> dict[str, Any]:
+    """No draft, full decode graphs, upstream's hook: answers after a sleep."""
+    return sleep_and_answer(sleepy(context, "dense", True), [(1, ())])
 
 
 def _with(error: Exception, figures: dict[str, Any]) -> Exception:
