@@ -162,12 +162,15 @@ def sleep_and_draft(model: Any, figures: dict[str, Any]) -> dict[str, str]:
     return alike(runs[2], runs[2])
 
 
-def observe_recreated(name: str, graphs: bool, about: str) -> None:
+def observe_recreated(name: str, about: str, graphs: bool = True, refreshed: bool = False) -> None:
     """A case of releases whose own hook re-creates the tensors: what is seen, also where it ends in a crash."""
 
     def run(context: Context) -> dict[str, Any]:
-        model, figures = drafting(context, graphs), {}
-        figures["draft_loop_is_one_graph"] = model.collective_rpc(_speculator)[0].use_fused_multi_step_decode and graphs
+        model = drafting(context, graphs)
+        if refreshed:
+            model.collective_rpc(_refresh_instead)
+        loop_in_a_graph = model.collective_rpc(_speculator)[0].use_fused_multi_step_decode and graphs
+        figures: dict[str, Any] = {"draft_loop_in_a_graph": loop_in_a_graph}
         try:
             sleep_and_draft(model, figures)
         except Exception as error:
@@ -177,8 +180,26 @@ def observe_recreated(name: str, graphs: bool, about: str) -> None:
     case(f"0005-recreated-{name}", "0005", RECREATED, judged=False, sides=(Side.STOCK,), about=about)(run)
 
 
-observe_recreated("eagle3tokens-graphs", True, "EAGLE draft of 3 tokens, graphs, upstream's hook: drafts after a sleep")
-observe_recreated("eagle3tokens-eager", False, "the same without graphs")
+def _refresh_instead(worker: Any) -> None:
+    """The hook of this worker fills the tensors that the captured graphs read, in place of new ones."""
+    tables = worker.model_runner.block_tables
+    create = tables.init_block_table_layout_tensors
+
+    def refresh() -> None:
+        known = {name: getattr(tables, name) for name in TABLES}
+        create()
+        for name, tensor in known.items():
+            tensor.copy_(getattr(tables, name))
+            setattr(tables, name, tensor)
+
+    tables.init_block_table_layout_tensors = refresh
+
+
+observe_recreated("eagle3tokens-graphs", "EAGLE draft of 3 tokens, graphs, upstream's hook: drafts after a sleep")
+observe_recreated("eagle3tokens-eager", "the same, eager", graphs=False)
+observe_recreated(
+    "eagle3tokens-refreshed", "graphs; the hook changed at run time to fill the old tensors", refreshed=True
+)
 
 
 @case("0005-recreated-level-1-graphs", "0005", RECREATED, judged=False, sides=(Side.STOCK,))
