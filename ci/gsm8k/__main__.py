@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_patches import git
+from vllm_patches.installation import base_version
 
 from gsm8k.fixture import MODELS, write_data
 from gsm8k.record import last_day, record
@@ -82,6 +83,7 @@ def _run(options: argparse.Namespace) -> int:
     _say_if_few(options)
     out.mkdir(parents=True, exist_ok=True)
     sides = _sides(options, out, [mode for mode in modes if mode is not Mode.HF])
+    _say_if_other_release(scenario, sides[0][1]["vllm"])
     reports: list[ModeReport] = []
     for mode in modes:
         ran = [run_side(job, side, mode, {} if mode is Mode.HF else fixes, out) for side, fixes in sides]
@@ -112,6 +114,12 @@ def _say_if_few(options: argparse.Namespace) -> None:
             f"note: {options.limit} questions cannot show 'same' within {options.margin}; that takes {least} or more",
             file=sys.stderr,
         )
+
+
+def _say_if_other_release(scenario: Scenario, release: str) -> None:
+    """A scenario tells what to expect in its own releases only; in others it is a control."""
+    if scenario.pins and release != NO_VLLM["vllm"] and base_version(release) not in scenario.pins:
+        print(f"note: scenario {scenario.name} is for {', '.join(scenario.pins)}; this is {release}", file=sys.stderr)
 
 
 def _sides(options: argparse.Namespace, out: Path, vllm: list[Mode]) -> list[tuple[Side, dict[str, str]]]:
