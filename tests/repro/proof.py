@@ -1,8 +1,7 @@
 """The proof of one fix on one release: the same repro on the stock and on the patched tree, each in its own process.
 
-Only the pair counts: stock fails on the assertions that expected.toml names for this release, and on nothing else;
-patched passes every check. Where upstream has the fix, or the code is not there, stock passes every check. An error, a
-skip, a time-out, a crash on import, a check that did not run: each is a failed proof, whatever the rest says.
+`vllm_patches.proofrun` has the rule; what stock must fail on is in expected.toml. An error, a skip, a time-out, a crash
+on import, a check that did not run: each is a failed proof, whatever the rest says.
 """
 
 from __future__ import annotations
