@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_patches import git
+from gpurun.provenance import commit, machine
+from vllm_patches.errors import PatchesError
+from vllm_patches.installation import base_version
 
 from gsm8k.fixture import MODELS, write_data
 from gsm8k.record import last_day, record
 from gsm8k.report import ModeReport, as_json, plot, report_mode, table
 from gsm8k.runs import Job, Mode, run_side
 from gsm8k.scenario import Scenario, scenario_of
-from gsm8k.sides import ROOT, RunError, Side, describe, fixes_of, patched_copy, side_of
+from gsm8k.sides import ROOT, RunError, Side, fixes_of, patched_copy, side_of
 from gsm8k.stats import enough
 
 NO_VLLM = {"vllm": "not in this run"}
@@ -34,7 +35,7 @@ def main() -> int:
             print("\n".join(map(str, record(options.out.resolve(), options.name, options.note))))
             return 0
         return _run(options)
-    except RunError as error:
+    except (RunError, PatchesError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -82,11 +83,13 @@ def _run(options: argparse.Namespace) -> int:
     _say_if_few(options)
     out.mkdir(parents=True, exist_ok=True)
     sides = _sides(options, out, [mode for mode in modes if mode is not Mode.HF])
+    _say_if_other_release(scenario, sides[0][1]["vllm"])
+    about = _about(sides)
     reports: list[ModeReport] = []
     for mode in modes:
         ran = [run_side(job, side, mode, {} if mode is Mode.HF else fixes, out) for side, fixes in sides]
         reports.append(report_mode(mode, ran[0], ran[1], options.margin, out))
-        _write(job, options, reports, sides, out)
+        _write(job, options, reports, sides, about, out)
     print(table(reports, options.margin))
     print(f"report: {out}/report.json, report.svg, pairs-*.tsv")
     return 0 if all(report.verdict.fine for report in reports) else 1
@@ -114,6 +117,12 @@ def _say_if_few(options: argparse.Namespace) -> None:
         )
 
 
+def _say_if_other_release(scenario: Scenario, release: str) -> None:
+    """A scenario tells what to expect in its own releases only; in others it is a control."""
+    if scenario.pins and release != NO_VLLM["vllm"] and base_version(release) not in scenario.pins:
+        print(f"note: scenario {scenario.name} is for {', '.join(scenario.pins)}; this is {release}", file=sys.stderr)
+
+
 def _sides(options: argparse.Namespace, out: Path, vllm: list[Mode]) -> list[tuple[Side, dict[str, str]]]:
     """Both sides, each with what `verify` says of it; without vLLM in the run there is nothing to verify."""
     stock = side_of("stock", options.stock, options.python)
@@ -127,33 +136,32 @@ def _sides(options: argparse.Namespace, out: Path, vllm: list[Mode]) -> list[tup
     return [(stock, found), (patched, fixes_of(patched))]
 
 
+def _about(sides: list[tuple[Side, dict[str, str]]]) -> dict[str, Any]:
+    """What the report says of where it comes from; asked before the questions, which take hours."""
+    stock = sides[0][0]
+    return {
+        "sides": {side.name: fixes for side, fixes in sides},
+        "machine": machine(stock.python, stock.environment({})),
+        "commit": commit(),
+    }
+
+
 def _write(
     job: Job,
     options: argparse.Namespace,
     reports: list[ModeReport],
     sides: list[tuple[Side, dict[str, str]]],
+    about: dict[str, Any],
     out: Path,
 ) -> None:
     hidden = {str(out): "OUT", str(ROOT): ".", job.model: Path(job.model).name if "/" in job.model else job.model}
     hidden = hidden if job.task == "fixture" else {str(out): "OUT", str(ROOT): "."}
     for side, _ in sides:
         hidden |= {side.python: "python"} | {str(folder): side.name.upper() for folder in side.folders}
-    about: dict[str, Any] = {
-        "sides": {side.name: fixes for side, fixes in sides},
-        "machine": describe(sides[0][0]),
-        "commit": _commit(),
-        "date": last_day(out),
-    }
-    said = as_json(asdict(job), options.margin, reports, about, hidden)
+    said = as_json(asdict(job), options.margin, reports, about | {"date": last_day(out)}, hidden)
     (out / "report.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     title = f"{Path(job.model).name}, {job.scenario.name}"
     plot(reports, options.margin, title, out / "report.svg")
-
-
-def _commit() -> str:
-    """The commit of this checkout, for the report; a copy without .git may be told it (GSM8K_COMMIT)."""
-    found = git.rev_parse(ROOT, "HEAD") if (ROOT / ".git").exists() else None
-    return found or os.environ.get("GSM8K_COMMIT", "")
 
 
 if __name__ == "__main__":

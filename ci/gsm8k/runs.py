@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from gpurun.process import run_to_end
+from gpurun.server import ServerError, free_port, nap, server_command, serving
+
 from gsm8k.scenario import Scenario
-from gsm8k.server import ServerError, free_port, nap, serving
 from gsm8k.sides import RunError, Side
 
 SERVER_THEN = "server-then.log"  # the server's log as it was when lm-eval ended
@@ -135,7 +134,7 @@ def _inside(job: Job, side: Side, mode: Mode, folder: Path) -> tuple[tuple[str, 
 
 def _served(job: Job, side: Side, mode: Mode, folder: Path) -> tuple[tuple[str, ...], str]:
     port = free_port()
-    command = (side.python, "-m", "vllm.entrypoints.openai.api_server", *_server_flags(job, port))
+    command = server_command(side.python, port, {"model": job.model} | _engine(job))
     env = side.environment({"VLLM_SERVER_DEV_MODE": "1"} | job.scenario.env)
     try:
         with serving(command, env, port, folder / "server.log", min(job.time_limit, 1800)) as address:
@@ -172,18 +171,6 @@ def _engine(job: Job) -> dict[str, Any]:
     return {"seed": 0, "tensor_parallel_size": job.tensor_parallel} | job.scenario.engine | job.engine
 
 
-def _server_flags(job: Job, port: int) -> list[str]:
-    """The same arguments as flags of the server."""
-    flags = ["--model", job.model, "--port", str(port), "--host", "127.0.0.1"]
-    for name, value in _engine(job).items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            flags.append(flag)
-        elif value is not False:
-            flags += [flag, json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
-    return flags
-
-
 def _client_args(job: Job, address: str) -> dict[str, Any]:
     return {
         "model": job.model,
@@ -203,14 +190,9 @@ def _lm_eval(job: Job, side: Side, folder: Path, request: dict[str, Any]) -> tup
     command = (side.python, "-m", "gsm8k.evaluate", str(file))
     # One process, so that a crash is lm-eval's own and the sleeping model reaches the engine.
     env = side.environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | job.scenario.env)
-    with (folder / "lm-eval.log").open("wb") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            status = process.wait(job.time_limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return command, "hung"
+    status = run_to_end(command, env, folder / "lm-eval.log", job.time_limit)
+    if status is None:
+        return command, "hung"
     if status < 0:
         return command, f"killed by signal {-status}"
     return command, f"lm-eval ended with status {status}" if status else ""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpurun import copies
 from vllm_patches import api
 
 CODE = Path(__file__).resolve().parents[1]
@@ -69,42 +67,7 @@ def fixes_of(side: Side) -> dict[str, str]:
 
 
 def patched_copy(stock: Side, folder: Path) -> Side:
-    """The stock side's own vLLM again in *folder*, hard-linked, with the patches installed in it.
-
-    `install` replaces files and never writes through a link, so the stock side stays as it is.
-    """
+    """The stock side's own vLLM again in *folder*, hard-linked, with the patches installed in it."""
     site = site_of(stock)
-    if not folder.is_dir():
-        beside = folder.with_name(folder.name + ".part")
-        shutil.rmtree(beside, ignore_errors=True)
-        for part in [site / "vllm", *site.glob("vllm-*.dist-info")]:
-            shutil.copytree(part, beside / part.name, copy_function=os.link, symlinks=True)
-        api.install(beside)
-        beside.rename(folder)
+    copies.patched_copy([site / "vllm", *site.glob("vllm-*.dist-info")], folder, api.install)
     return Side("patched", stock.python, (folder, *stock.folders))
-
-
-def describe(side: Side) -> dict[str, str]:
-    """Versions of what a side runs on, and its GPU."""
-    code = (
-        "import json, platform, importlib.metadata as m\n"
-        "said = {'python': platform.python_version()}\n"
-        "for name in ('vllm', 'torch', 'triton', 'transformers', 'lm_eval', 'flashinfer-python'):\n"
-        "    try: said[name] = m.version(name)\n"
-        "    except m.PackageNotFoundError: pass\n"
-        "print(json.dumps(said))"
-    )
-    done = subprocess.run(
-        [side.python, "-c", code], capture_output=True, text=True, env=side.environment({}), check=True
-    )
-    said: dict[str, str] = json.loads(done.stdout)
-    return said | _gpu()
-
-
-def _gpu() -> dict[str, str]:
-    if not (tool := shutil.which("nvidia-smi")):
-        return {"gpu": "none", "platform": sys.platform}
-    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    name, _, driver = (done.stdout.splitlines() or [""])[0].partition(", ")
-    return {"gpu": name or "none", "driver": driver, "gpus": str(len(done.stdout.splitlines()))}

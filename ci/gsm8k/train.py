@@ -44,6 +44,7 @@ class Plan:
     warmup: int = 100
     problems: int = 400_000
     seed: int = 0
+    init: float = 0.0  # standard deviation of the first weights; 0: the shape's own
     seconds: int = 0  # of training at most, by the speed of the first steps; 0: no limit
 
 
@@ -138,6 +139,13 @@ def _wait(parameters: list[torch.nn.Parameter]) -> None:
         torch.cuda.synchronize()
 
 
+def round_weights(model: torch.nn.Module) -> None:
+    """Make the parameters bfloat16, in place. The buffers stay: rotary frequencies in bfloat16 would be off by up to
+    0.4 %, which is radians at a prompt's length, and vLLM has them in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def teacher_forced(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> float:
     """The share of *problems* whose whole answer, up to the next question, is the model's greedy choice.
 
@@ -169,7 +177,7 @@ def train(plan: Plan, out: Path, held_out: int = 300) -> None:
     print(f"{plan.problems} problems, {len(stream.ids)} tokens, {time.monotonic() - begin:.1f} s", flush=True)
     # The library's plain loop over experts: its fused one wants weights in bfloat16.
     model = AutoModelForCausalLM.from_config(
-        configuration(plan.shape), dtype=torch.float32, experts_implementation="eager"
+        configuration(plan.shape, plan.init), dtype=torch.float32, experts_implementation="eager"
     ).to(device)
     if plan.shape == "hybrid":
         _shorter_chunks()
@@ -178,7 +186,7 @@ def train(plan: Plan, out: Path, held_out: int = 300) -> None:
     begin = time.monotonic()
     steps, losses = fit(model, mtp, stream, plan)
     seconds = time.monotonic() - begin
-    model = model.to(torch.bfloat16)
+    round_weights(model)
     score = teacher_forced(model, tokenizer, list(generate("test", held_out, seed=1)))
     print(f"held-out answers right, teacher-forced: {score:.3f} of {held_out}", flush=True)
     if mtp is None:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from vllm_patches import cache
 from vllm_patches.catalog import Catalog
 from vllm_patches.headers import Problem
-from vllm_patches.hunks import blob_id
 from vllm_patches.model import Release
-from vllm_patches.sdist import open_sdist, pick
-from vllm_patches.store import FindSdist
+from vllm_patches.store import FindSdist, OtherFile, pristine_files
 
 CUDA, DEEP_GEMM = "requirements/cuda.txt", "tools/install_deepgemm.sh"
 NEEDED = ("torch", "flashinfer-python")  # what upstream pins exactly, and a run must not replace
@@ -43,24 +41,11 @@ def _check(file: Path, release: Release, find_sdist: FindSdist) -> list[Problem]
     where = f"ci/requirements-gpu/{file.name}"
     if missing := {CUDA, DEEP_GEMM} - named.keys():
         return [Problem("gpu requirements", where, f"# upstream {path} <blob id>", "none") for path in sorted(missing)]
-    upstream = _upstream(named, release, find_sdist)
-    wrong = [
-        Problem("gpu requirements", where, f"# upstream {path} {blob_id(upstream[path])}", blob)
-        for path, blob in named.items()
-        if blob_id(upstream[path]) != blob
-    ]
-    return wrong or _compare(where, text, upstream, release)
-
-
-def _upstream(named: Mapping[str, str], release: Release, find_sdist: FindSdist) -> dict[str, bytes]:
-    """The named files: from the cache by blob id, else out of the sdist."""
-    cached = {path: cache.load_blob(blob) for path, blob in named.items()}
-    found = {path: data for path, data in cached.items() if data is not None}
-    if found.keys() != named.keys():
-        found = dict.fromkeys(named, b"") | pick(open_sdist(find_sdist(release), release), named, release)
-        for data in found.values():
-            cache.store_blob(data)
-    return found
+    try:
+        contents = pristine_files([replace(release, blobs=named)], find_sdist)
+    except OtherFile as other:
+        return [Problem("gpu requirements", where, f"# upstream {other.file} {other.found}", other.expected)]
+    return _compare(where, text, {path: contents[blob] for path, blob in named.items()}, release)
 
 
 def _compare(where: str, text: str, upstream: Mapping[str, bytes], release: Release) -> list[Problem]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from vllm_patches import cache, swap
 
+OUT = "another place: --out DIR, with make DIST=DIR"  # what to choose where an output folder cannot be written
+
 
 @dataclass
 class OutFile:
@@ -35,14 +37,15 @@ class OutFile:
 
 
 @contextlib.contextmanager
-def unnamed(folder: Path) -> Iterator[OutFile]:
+def unnamed(folder: Path, another: str = OUT) -> Iterator[OutFile]:
     """A new file in *folder* for reading and writing, gone at the end unless it was published.
 
     Linux can open a file that has no name at all: then even SIGKILL leaves nothing, but in the moment between its first
     name and its own. Where the file system cannot, it is called ``.vllm-patches-….tmp`` from the start. What a killed
-    process has left so, the next one sweeps; the file is locked for that as long as this process lives.
+    process has left so, the next one sweeps; the file is locked for that as long as this process lives. *another* is
+    what an error advises to choose in place of *folder*.
     """
-    with cache.disk_errors(folder):
+    with cache.disk_errors(folder, another):
         folder.mkdir(parents=True, exist_ok=True)
         cache.sweep(folder, ".vllm-patches-*.tmp")
         out = OutFile(folder, *_open(folder))

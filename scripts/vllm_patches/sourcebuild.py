@@ -31,6 +31,7 @@ from vllm_patches.tree import PRISTINE, build_tree, check_files, pristine_object
 from vllm_patches.verify import FixStatus, require_fixed, verify
 
 _RECORD = "made.json"
+_ANOTHER = "another work folder: --work DIR, with make WORK=DIR"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _jobs(device: Device, environ: Mapping[str, str], again: str) -> int:
 @contextlib.contextmanager
 def _locked(work: Path, name: str, say: Say) -> Iterator[_Work]:
     """One build of a release and device at a time; a killed run's compilers hold the lock until they are gone."""
-    with cache.disk_errors(work):
+    with cache.disk_errors(work, _ANOTHER):
         work.mkdir(parents=True, exist_ok=True)
         with (work / f".{name}.lock").open("a") as lock:
             try:
@@ -246,7 +247,7 @@ def _publish(
     source: Source, wheel: Path, version: str, place: _Work, out: Path
 ) -> tuple[Path, str, int, tuple[FixStatus, ...]]:
     """Mark the wheel, verify the marked one, and give it its name in *out*: the last thing that is done."""
-    with unnamed(place.wheels) as marked:
+    with unnamed(place.wheels, _ANOTHER) as marked:
         sha256, size = mark(source, wheel, version, marked)
         wheel.unlink()
         whole = marked.publish(wheel.name)

@@ -15,6 +15,10 @@ from vllm_patches.sdist import open_sdist, pick
 FindSdist = Callable[[Release], Path]
 
 
+class OtherFile(PatchesError):
+    """A file of the sdist is not the expected one: *expected* and *found* are blob ids."""
+
+
 def pristine_files(releases: Iterable[Release], find_sdist: FindSdist) -> dict[str, bytes]:
     """Blob id to content for every recorded touched file of *releases*.
 
@@ -56,7 +60,7 @@ def _recorded_files(release: Release, sdist: Path) -> dict[str, bytes]:
     files = touched_files(release, sdist, release.blobs)
     for path, data in files.items():
         if (found := blob_id(data)) != release.blobs[path]:
-            raise PatchesError(
+            raise OtherFile(
                 "a file of the sdist is not the one that releases.toml records",
                 release=release.version,
                 file=path,

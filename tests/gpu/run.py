@@ -11,13 +11,11 @@ exit status 1, like one that is not proved.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,12 +28,14 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT / "scripts")]
+CODE = ROOT / "ci"
+sys.path[:0] = [str(HERE), str(CODE), str(ROOT / "scripts")]
 
 import results  # noqa: E402
 import targets  # noqa: E402
 from gpu_case import Case, Side, load_cases  # noqa: E402
-from machine import machine  # noqa: E402
+from gpurun.process import run_to_end  # noqa: E402
+from gpurun.provenance import commit, machine  # noqa: E402
 from results import Outcome, SideResult, Verdict  # noqa: E402
 from vllm_patches.errors import PatchesError  # noqa: E402
 from vllm_patches.render import table  # noqa: E402
@@ -85,7 +85,7 @@ def environment(folder: Path, work: Path, sites: list[Path]) -> dict[str, str]:
     info.mkdir(parents=True, exist_ok=True)
     for name, text in PLUGIN.items():
         (info / name).write_text(text, encoding="utf-8")
-    path = [str(folder), *map(str, sites), str(HERE), str(plugins)]
+    path = [str(folder), *map(str, sites), str(HERE), str(plugins), str(CODE)]
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"), "1")
     return os.environ | offline | {
         "PYTHONPATH": os.pathsep.join(path),
@@ -117,32 +117,24 @@ def run_side(run: Run, case: Case, side: Side) -> SideResult:
     env = environment(run.folder(side), run.work, run.options.site)
     command = [run.options.python, str(HERE / "gpu_child.py"), str(scratch / "job.json"), str(result)]
     started = time.monotonic()
-    with log.open("wb") as out:
-        child = subprocess.Popen(command, cwd=scratch, env=env, stdout=out, stderr=out, start_new_session=True)
-        ending = wait(child, case.limit)
+    status = run_to_end(command, env, log, case.limit, scratch)
     seconds = round(time.monotonic() - started, 1)
     said = log.read_text(encoding="utf-8", errors="replace")
-    if result.is_file() and not ending.startswith("late"):
+    if result.is_file() and status is not None:
         record = json.loads(result.read_text(encoding="utf-8"))
         outcome, lines = Outcome(record["outcome"]), results.excerpt(said)
         return SideResult(
             outcome, record["detail"], seconds, record["measures"], () if outcome is Outcome.PASS else lines
         )
-    outcome = Outcome.LATE if ending.startswith("late") else Outcome.DIED
-    return SideResult(outcome, f"{ending}\n{said[-3000:]}", seconds, {}, results.excerpt(said))
+    outcome = Outcome.LATE if status is None else Outcome.DIED
+    return SideResult(outcome, f"{ending(status, case.limit)}\n{said[-3000:]}", seconds, {}, results.excerpt(said))
 
 
-def wait(child: subprocess.Popen[bytes], limit: float) -> str:
-    """How the child ended; whatever it started goes with it."""
-    try:
-        code = child.wait(timeout=limit)
-        ending = f"exit {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-    except subprocess.TimeoutExpired:
-        ending = f"late: no end within {limit:.0f} s"
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # its own process group: servers that it left behind
-    child.wait()
-    return ending
+def ending(status: int | None, limit: float) -> str:
+    """How a child without a result ended."""
+    if status is None:
+        return f"late: no end within {limit:.0f} s"
+    return f"exit {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
 
 
 def perform(run: Run, case: Case, side: Side) -> None:
@@ -184,7 +176,7 @@ def describe(
     return {
         "id": run_id,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": targets.commit(),
+        "commit": commit(),
         "machine": machine(options.python, env),
         "release": stock.version,
         "stock": {"kind": stock.kind, "fixes": stock.verified},

@@ -6,68 +6,39 @@ import asyncio
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 from gpu_case import Context
+from gpurun import server
 
 START = 180.0  # seconds
 SAYS = re.compile(r"illegal memory access|is_contiguous\(\)|must be contiguous|EngineDead\w+")
-
-
-def flags(options: Mapping[str, Any]) -> list[str]:
-    """Engine options as the command line takes them."""
-    words: list[str] = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return words
 
 
 class Server:
     """A context manager; the server is killed at its end, whatever state it is in."""
 
     def __init__(self, context: Context, options: Mapping[str, Any], env: Mapping[str, str]) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.log = context.scratch / "server.txt"
-        self.url = f"http://127.0.0.1:{self.port}"
-        more = {"host": "127.0.0.1", "port": self.port, "served_model_name": "tiny", "uvicorn_log_level": "warning"}
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags({**options, **more})]
+        self.log, port = context.scratch / "server.txt", server.free_port()
+        more = {"served_model_name": "tiny", "uvicorn_log_level": "warning"}
+        command = server.server_command(sys.executable, port, {**options, **more})
         settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(command, env=os.environ | settings, stdout=out, stderr=out)
+        self.running = server.serving(command, os.environ | settings, port, self.log, START)
 
     def __enter__(self) -> Server:
-        deadline = time.monotonic() + START
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
-                return self
-            except OSError:
-                time.sleep(0.5)
-        self.process.kill()
-        raise RuntimeError(f"the server did not start: {self.said()[-2500:]}")
+        try:
+            self.url = self.running.__enter__()
+        except server.ServerError as error:
+            raise RuntimeError(f"{error}: {self.said()[-2500:]}") from error
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.running.__exit__(kind, error, at)
 
     def said(self) -> str:
         """The server's log."""
@@ -84,21 +55,11 @@ class Server:
 
     def get(self, path: str) -> Any:
         """JSON of a GET."""
-        with urllib.request.urlopen(self.url + path, timeout=60) as reply:
-            return json.load(reply)
+        return server.get(self.url, path)
 
     def post(self, path: str, value: object = None, timeout: float = 60) -> Any:
         """JSON of a POST, None for an empty reply; raises OSError with the status, or "no answer"."""
-        data = json.dumps(value).encode() if value is not None else b""
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as reply:
-                text = reply.read()
-        except urllib.error.HTTPError as error:
-            raise OSError(f"{path} answered {error.code}: {error.read()[:300]!r}") from error
-        except OSError as error:
-            raise OSError(f"{path}: no answer ({error})") from error
-        return json.loads(text) if text.strip() else None
+        return server.post(self.url, path, value, timeout)
 
     def complete(self, prompt: list[int], length: int) -> list[int]:
         """Greedy token ids."""

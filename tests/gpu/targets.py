@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts")]
-
-from vllm_patches import api, git  # noqa: E402
-from vllm_patches.catalog import Catalog, open_catalog  # noqa: E402
-from vllm_patches.errors import PatchesError  # noqa: E402
-from vllm_patches.hunks import apply_patch  # noqa: E402
+from gpurun.copies import patched_copy, whole_folder
+from vllm_patches import api
+from vllm_patches.catalog import Catalog, open_catalog
+from vllm_patches.errors import PatchesError
+from vllm_patches.hunks import apply_patch
 
 NATIVE = "0001-native"
 
@@ -36,8 +30,8 @@ def open_target(path: Path, work: Path) -> Target:
     if path.suffix == ".whl":
         folder = work / path.stem
         if not folder.is_dir():
-            with zipfile.ZipFile(path) as wheel:
-                wheel.extractall(folder)
+            with zipfile.ZipFile(path) as wheel, whole_folder(folder) as new:
+                wheel.extractall(new)
         return _described(folder, "wheel")
     if not (path / "vllm" / "__init__.py").is_file():
         raise PatchesError(
@@ -59,16 +53,14 @@ def _described(folder: Path, kind: str) -> Target:
 def make_patched(stock: Target, work: Path) -> Target:
     """A copy of *stock* with the release's series in it, put there by the tool itself; *stock* keeps every byte."""
     folder = work / f"patched-{stock.version}"
-    if folder.exists():
-        shutil.rmtree(folder)
-    shutil.copytree(stock.folder, folder, copy_function=os.link)  # the tool never writes through a link
-    catalog = open_catalog()
-    if stock.kind == "tree":
-        _patch_tree(catalog, stock.version, folder)
-    else:
-        native = any("csrc/" in file for patch in _series(catalog, stock.version) for file in patch_paths(patch))
-        api.install(folder, without=(NATIVE,) if native else ())
+    patch = _patch_tree if stock.kind == "tree" else _install
+    patched_copy(sorted(stock.folder.iterdir()), folder, lambda copy: patch(open_catalog(), stock.version, copy))
     return _described(folder, stock.kind)
+
+
+def _install(catalog: Catalog, version: str, folder: Path) -> None:
+    native = any("csrc/" in file for patch in _series(catalog, version) for file in patch_paths(patch))
+    api.install(folder, without=(NATIVE,) if native else ())
 
 
 def _series(catalog: Catalog, version: str) -> tuple:
@@ -96,29 +88,3 @@ def patch_set(version: str) -> dict[str, str]:
     """The series and head that the table records for a release."""
     release = open_catalog().release(version)
     return {"series": str(release.series or ""), "head": str(release.head or "")}
-
-
-def commit() -> str:
-    """The commit of this repository, "+changes" behind it if tracked files differ; from git or the environment."""
-    found = os.environ.get("VLLM_PATCHES_COMMIT", "").strip() or _head()
-    if re.fullmatch(r"[0-9a-f]{40}", found) and _changed():
-        found += "+changes"
-    if not re.fullmatch(r"[0-9a-f]{40}(\+changes)?", found):
-        raise PatchesError(
-            "the results must name the commit that they are of",
-            file=str(ROOT),
-            expected="a git checkout, or VLLM_PATCHES_COMMIT with 40 hex digits",
-            found=found or "neither",
-            next_command="VLLM_PATCHES_COMMIT=$(git rev-parse HEAD) make test-gpu STOCK=...",
-        )
-    return found
-
-
-def _head() -> str:
-    """The commit of this checkout; empty where it is none of its own."""
-    return git.rev_parse(ROOT, "HEAD") or "" if (ROOT / ".git").exists() else ""
-
-
-def _changed() -> bool:
-    """Whether a tracked file of this checkout differs from its commit."""
-    return (ROOT / ".git").exists() and any(not line.startswith("??") for line in git.status(ROOT))

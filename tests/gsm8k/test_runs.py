@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gsm8k.__main__ import NO_VLLM, _say_if_other_release
 from gsm8k.answers import pair_up, read_answers
 from gsm8k.record import last_day, record
 from gsm8k.report import as_json, plot, report_mode, table
-from gsm8k.runs import Job, Mode, Outcome, Ran, request_of, run_side
+from gsm8k.runs import Job, Mode, Outcome, Ran, _server_flags, request_of, run_side
 from gsm8k.scenario import PLAIN, Scenario, read_scenarios, scenario_of
 from gsm8k.sides import RunError, Side
 from gsm8k.stats import Verdict
@@ -274,6 +275,26 @@ def test_a_fix_with_several_scenarios_must_be_named_in_full() -> None:
     assert scenario_of("0005").name == "0005-sleep"
     with pytest.raises(RunError, match=r"2 scenarios.*0004-nhd"):
         scenario_of("0004")
+
+
+def test_a_step_of_one_token_reaches_vllm_in_process_and_through_the_server() -> None:
+    job = replace(JOB, scenario=scenario_of("0003-one-token-steps"))
+    assert request_of(job, Mode.INPROCESS, Path("x"))["model_args"]["long_prefill_token_threshold"] == 1
+    flags = _server_flags(job, 1)
+    assert flags[flags.index("--long-prefill-token-threshold") + 1] == "1"
+
+
+@pytest.mark.parametrize(
+    ("release", "said"), [("0.20.2", True), ("0.19.1", False), ("0.19.1+cu129", False), (NO_VLLM["vllm"], False)]
+)
+def test_a_run_on_a_release_that_the_scenario_is_not_for_is_told(
+    release: str, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _say_if_other_release(scenario_of("0002-gdn"), release)
+    note = "note: scenario 0002-gdn is for 0.18.1, 0.19.1; this is 0.20.2\n"
+    assert capsys.readouterr().err == (note if said else "")
+    _say_if_other_release(PLAIN, release)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_misspelt_key_of_a_scenario_is_told(tmp_path: Path) -> None:

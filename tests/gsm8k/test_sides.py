@@ -65,7 +65,6 @@ def test_the_patched_copy_is_whole_and_stock_is_untouched(site: Path, tmp_path: 
     assert fixes_of(stock)["0005"] == "missing"
     assert contents(site) == before
     assert contents(tmp_path / "copy")[ENGINE] != before[ENGINE]
-    assert not (tmp_path / "copy.part").exists()
     assert patched_copy(stock, tmp_path / "copy") == patched
 
 

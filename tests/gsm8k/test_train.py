@@ -13,7 +13,7 @@ from gsm8k.dsa import MtpLayer, export
 from gsm8k.fixture import MODELS
 from gsm8k.shapes import configuration
 from gsm8k.sides import CODE
-from gsm8k.train import Plan, Stream, train, training_stream
+from gsm8k.train import Plan, Stream, round_weights, train, training_stream
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -60,10 +60,22 @@ def _changed(**fields: int) -> dict[str, int]:
     return {"steps": 2, "batch": 2, "length": 128, "problems": 320} | fields
 
 
+def test_rounded_weights_keep_the_rotary_frequencies() -> None:
+    model = AutoModelForCausalLM.from_config(configuration("dense"), dtype=torch.float32)
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    assert not torch.equal(frequencies.to(torch.bfloat16).float(), frequencies)
+    round_weights(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+
+
 def test_the_exported_dsa_model_is_the_trained_one_whatever_its_indexer(tmp_path: Path) -> None:
     """Below `index_topk` tokens DeepSeek-V3.2 attends to all of them, as DeepSeek-V3 does."""
     torch.manual_seed(0)
-    trained = AutoModelForCausalLM.from_config(configuration("dsa"), dtype=torch.float32).to(torch.bfloat16).float()
+    trained = AutoModelForCausalLM.from_config(configuration("dsa"), dtype=torch.float32)
+    round_weights(trained)
+    for parameter in trained.parameters():
+        parameter.data = parameter.data.float()
     export(trained, MtpLayer(trained), tmp_path, seed=3)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
     assert type(loaded).__name__ == "DeepseekV32ForCausalLM"
@@ -82,6 +94,26 @@ def test_the_export_has_the_mtp_layer_that_vllm_looks_for(tmp_path: Path) -> Non
     assert {"shared_head.norm.weight", "shared_head.head.weight", "self_attn.indexer.wq_b.weight"} <= names
     assert {"self_attn.kv_b_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight"} <= names
     assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["num_nextn_predict_layers"] == 1
+
+
+@pytest.mark.parametrize(("init", "wanted"), [(0.0, 0.0625), (0.02, 0.02)])
+def test_the_first_weights_have_the_plans_range_or_the_shapes(init: float, wanted: float) -> None:
+    """The MTP layer's too. At 0.02 the scores have a standard deviation of 0.1: the attention is flat, and stays so."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configuration("dsa", init), dtype=torch.float32)
+    for layer in (model.model.layers[0], MtpLayer(model).block):
+        for weight in (layer.self_attn.q_b_proj.weight, layer.mlp.up_proj.weight):
+            assert weight.std().item() == pytest.approx(wanted, rel=0.03)
+
+
+def test_the_dsa_model_is_small_enough_to_be_shipped_and_fits_flash_attention(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(configuration("dsa"), dtype=torch.float32)
+    export(model, MtpLayer(model), tmp_path, seed=3)
+    assert (tmp_path / "model.safetensors").stat().st_size < 20_000_000
+    config = model.config
+    assert config.qk_nope_head_dim + config.qk_rope_head_dim == config.v_head_dim == 128
+    assert config.kv_lora_rank + config.qk_rope_head_dim == 576  # the one size of vLLM's sparse kernel for V3.2
+    assert 64 % config.num_attention_heads == 0  # which pads the heads to 64
 
 
 def test_the_mtp_layer_learns_the_token_after_the_next() -> None:

@@ -1,8 +1,7 @@
 """The proof of one fix on one release: the same repro on the stock and on the patched tree, each in its own process.
 
-Only the pair counts: stock fails on the assertions that expected.toml names for this release, and on nothing else;
-patched passes every check. Where upstream has the fix, or the code is not there, stock passes every check. An error, a
-skip, a time-out, a crash on import, a check that did not run: each is a failed proof, whatever the rest says.
+`vllm_patches.proofrun` has the rule; what stock must fail on is in expected.toml. An error, a skip, a time-out, a crash
+on import, a check that did not run: each is a failed proof, whatever the rest says.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,61 +32,11 @@ from vllm_patches.apply import apply_release  # noqa: E402
 from vllm_patches.catalog import Catalog, open_catalog  # noqa: E402
 from vllm_patches.index import fetch_sdist  # noqa: E402
 from vllm_patches.model import Fix, Release  # noqa: E402
+from vllm_patches.proofrun import Proof, Side  # noqa: E402
 from vllm_patches.render import say, table  # noqa: E402
 from vllm_patches.tree import PRISTINE  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Side:
-    """What one tree answered. *outcomes* is check to "pass", "error: …" or "fail: <assertion id>"."""
-
-    release: str
-    side: str  # "stock" or "patched"
-    outcomes: dict[str, str]
-    where: dict[str, str]  # check to file:line of the defect it met
-    stock_fails: dict[str, str]  # check to the assertion id that is wanted of this release's stock tree
-    trouble: str  # why the run as a whole cannot be judged; empty if it can
-    seconds: float
-
-
 Answers = Callable[[str, str], dict[str, Side]]  # (release, "stock" or "patched") to the sides by fix id
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Both sides of one fix on one release; *patched* is None where the series does not carry the fix."""
-
-    fix: str
-    release: str
-    state: str
-    stock: Side
-    patched: Side | None
-
-    @property
-    def complaints(self) -> list[str]:
-        """Everything that keeps this from being a proof; empty for a proof."""
-        expected = self.stock.stock_fails
-        found = [f"stock: {text}" for text in _judge(self.stock, expected)]
-        if self.patched is not None:
-            found += [f"patched: {text}" for text in _judge(self.patched, {})]
-            if not expected:
-                found.append("the series carries a patch, but no check fails on the stock tree")
-        elif expected:
-            found.append("stock must fail, but the series carries no patch")
-        return found
-
-
-def _judge(side: Side, expected: dict[str, str]) -> list[str]:
-    if side.trouble:
-        return [side.trouble]
-    wrong = [f"{check} is expected to fail but is not a check" for check in expected.keys() - side.outcomes.keys()]
-    for check, outcome in side.outcomes.items():
-        wanted = f"fail: {expected[check]}" if check in expected else "pass"
-        if outcome != wanted:
-            wrong.append(f"{check}: expected {wanted!r}, got {outcome!r}")
-        elif check in expected and ":" not in side.where.get(check, ""):
-            wrong.append(f"{check}: failed as expected, but named no file:line")
-    return wrong
 
 
 def case_module(fix: Fix) -> str:

@@ -26,7 +26,7 @@ from world import ENGINE, World, plain_git, scratch_left, snapshot
 # --- permissions
 
 
-def _obey_permissions() -> None:
+def obey_permissions() -> None:
     """Run in the child: root without these two rights is bound by permissions like anybody else."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -43,7 +43,7 @@ def read_only(*folders: Path) -> Iterator[None]:
     try:
         for folder in folders:
             probe = ["touch", str(folder / "probe")]
-            done = subprocess.run(probe, preexec_fn=_obey_permissions, capture_output=True, check=False)
+            done = subprocess.run(probe, preexec_fn=obey_permissions, capture_output=True, check=False)
             assert done.returncode != 0, f"{folder} can be written"
         yield
     finally:
@@ -54,7 +54,7 @@ def read_only(*folders: Path) -> Iterator[None]:
 def test_a_cache_that_cannot_be_written(world: World) -> None:
     cache, before = world.cache / "vllm-patches", files_of(world.root)
     with read_only(cache):
-        ran = world.apply(preexec_fn=_obey_permissions)
+        ran = world.apply(preexec_fn=obey_permissions)
     assert ran.status == 1
     assert ran.says("error: the folder cannot be written", f"file:     {cache / 'pristine-v1'}", "Permission denied")
     assert ran.says("next:     XDG_CACHE_HOME=/a/writable/folder make apply")
@@ -67,7 +67,7 @@ def test_a_cache_that_cannot_be_written_but_has_all(world: World) -> None:
     shutil.rmtree(world.build)
     folders = [path for path in world.cache.rglob("*") if path.is_dir()]
     with read_only(*folders):
-        assert world.apply(preexec_fn=_obey_permissions).status == 0
+        assert world.apply(preexec_fn=obey_permissions).status == 0
     assert world.head() == world.release().head
 
 
@@ -85,7 +85,7 @@ def test_a_build_folder_that_cannot_be_written(world: World, exists: bool) -> No
         world.build.mkdir()
     before = files_of(world.root)
     with read_only(world.build if exists else world.root):
-        ran = world.apply(preexec_fn=_obey_permissions)
+        ran = world.apply(preexec_fn=obey_permissions)
     assert ran.status == 1
     assert ran.says("error: the folder cannot be written", f"file:     {world.build}", "BUILD=/a/writable/folder")
     assert files_of(world.root) == before
@@ -94,7 +94,7 @@ def test_a_build_folder_that_cannot_be_written(world: World, exists: bool) -> No
 def test_an_already_patched_tree_in_a_folder_that_cannot_be_written(world: World) -> None:
     assert world.apply().status == 0
     with read_only(world.build):
-        assert world.apply(preexec_fn=_obey_permissions).says("already patched")
+        assert world.apply(preexec_fn=obey_permissions).says("already patched")
 
 
 def test_a_catalogue_that_cannot_be_written(world: World) -> None:
@@ -103,7 +103,7 @@ def test_a_catalogue_that_cannot_be_written(world: World) -> None:
     plain_git(world.tree(), "commit", "--quiet", "-a", "--amend", "--no-edit")
     before = snapshot(world.patches)
     with read_only(world.patches, world.patches / "v0.20.2"):
-        ran = world.run("export", "--pin", "0.20.2", "--tree", world.tree(), preexec_fn=_obey_permissions)
+        ran = world.run("export", "--pin", "0.20.2", "--tree", world.tree(), preexec_fn=obey_permissions)
     assert ran.status == 1
     assert ran.says("the folder cannot be written", str(world.patches / "v0.20.2"), f"next:     ls -ld {world.patches}")
     assert snapshot(world.patches) == before
@@ -120,7 +120,7 @@ def test_a_checkout_whose_objects_cannot_be_written(world: World) -> None:
     before = _unchanged_source(source)
     folders = [path for path in (source / ".git").rglob("*") if path.is_dir()]
     with read_only(*folders, source / ".git"):
-        ran = world.run("apply", "--src", source, preexec_fn=_obey_permissions)
+        ran = world.run("apply", "--src", source, preexec_fn=obey_permissions)
     assert ran.status == 1
     assert ran.says("error: ", f"file:     {source}", "next:")
     assert _unchanged_source(source) == before
@@ -132,7 +132,7 @@ def test_a_checkout_whose_files_cannot_be_written(world: World, folder: str) -> 
     source = world.checkout()
     base, before = world.head(source), _unchanged_source(source)
     with read_only(source / folder):
-        ran = world.run("apply", "--src", source, preexec_fn=_obey_permissions)
+        ran = world.run("apply", "--src", source, preexec_fn=obey_permissions)
     assert ran.status == 1
     assert ran.says("error: ", "Permission denied", f"file:     {source}", "next:")
     assert {name: kind.split()[-1] for name, kind in _unchanged_source(source).items()} == {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from vllm_patches.dist.compose import Wish, compose
-from vllm_patches.dist.proofs import Proofs, read_proofs
+from vllm_patches.dist.proofs import from_rows, read_proofs
 from vllm_patches.dist.statements import Evidence, assets, purl
 from vllm_patches.errors import PatchesError
 from vllm_patches.store import pristine_files
@@ -40,7 +40,7 @@ def evidence(world: World, rows: list[dict[str, Any]] | None, *fixes: str) -> Ev
     bundle = compose(
         release, series, Wish(fixes), lambda p: {x: contents[release.blobs[x]] for x in p if x in release.blobs}
     )
-    proofs = None if rows is None else Proofs({(r["release"], r["fix"]): r for r in rows})
+    proofs = None if rows is None else from_rows(rows)
     return Evidence(bundle, series, world.catalog.fixes, proofs, 1_700_000_000)
 
 
@@ -111,6 +111,10 @@ def _other_assertion(row: dict[str, Any]) -> None:
     row["stock"]["outcomes"]["a"] = "fail: others"
 
 
+def _no_place(row: dict[str, Any]) -> None:
+    row["stock"]["where"] = {}
+
+
 def _patched_fails(row: dict[str, Any]) -> None:
     row["patched"]["outcomes"]["b"] = "fail: rows"
 
@@ -143,13 +147,14 @@ def _other_head(row: dict[str, Any]) -> None:
     ("spoil", "why"),
     [
         (_no_row, "the proof run has no result for it"),
-        (_stock_passes, "a on the stock tree: expected fail: rows, found pass"),
-        (_stock_errs, "a on the stock tree: expected fail: rows, found error: ImportError"),
-        (_other_assertion, "a on the stock tree: expected fail: rows, found fail: others"),
-        (_patched_fails, "b on the patched tree: expected pass, found fail: rows"),
-        (_check_not_run, "checks did not run on the stock tree"),
-        (_nothing_run, "checks did not run on the patched tree"),
-        (_trouble, "the repro could not be judged on the patched tree: time-out"),
+        (_stock_passes, "stock: a: expected 'fail: rows', got 'pass'"),
+        (_stock_errs, "stock: a: expected 'fail: rows', got 'error: ImportError'"),
+        (_other_assertion, "stock: a: expected 'fail: rows', got 'fail: others'"),
+        (_no_place, "stock: a: failed as expected, but named no file:line"),
+        (_patched_fails, "patched: b: expected 'pass', got 'fail: rows'"),
+        (_check_not_run, "stock: a is expected to fail but was not run"),
+        (_nothing_run, "patched: no check was run"),
+        (_trouble, "patched: time-out"),
         (_no_patch, "the repro is not one that fails on the stock tree and passes on the patched one"),
         (_no_defect, "the repro is not one that fails on the stock tree and passes on the patched one"),
         (_other_head, f"the proof run was of another state of the series: HEAD {'1' * 40}"),

@@ -48,7 +48,7 @@ def test_a_run_names_what_it_ran_and_no_path(row: re.Match[str]) -> None:
     text = (ROOT / row["file"]).read_text(encoding="utf-8")
     said = json.loads(text)
     assert re.search(r"(?<![\w.:/-])/(?:[\w.+-]+/)", text) is None
-    assert re.fullmatch(r"[0-9a-f]{40}", said["commit"])
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", said["commit"])
     assert {"gpu", "driver", "torch", "vllm", "lm_eval"} <= said["machine"].keys()
     assert set(said["sides"]["patched"].values()) == {"0.20.2", "present"}
     assert set(said["sides"]["stock"].values()) == {"0.20.2", "missing"}

@@ -287,6 +287,21 @@ CASES = [
         "#ifndef USE_ROCM\n  __syncthreads();\n#endif\n  const",
         "batch = batch_idx",
     ),
+    Case(
+        "gather-cuda",
+        CUDA,
+        "  __syncthreads();\n  const",
+        "#ifndef USE_ROCM\n  __syncwarp();\n#else\n  __syncthreads();\n#endif\n  const",
+        "if (row >= rows",
+        Finding.PRESENT,
+    ),
+    Case(
+        "gather-cuda",
+        CUDA,
+        "  __syncthreads();\n  const",
+        "#ifndef USE_ROCM\n  __syncwarp();\n#endif\n  const",
+        "batch = batch_idx",
+    ),
     Case("gather-cuda", CUDA, " || batch < 0", "", "batch = batch_idx"),
     Case(
         "gather-cuda",

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from sourceworld import LOCAL, build, dist, make_source_world, members
+from test_disk import obey_permissions, read_only
 from vllm_patches.verify import verify
 from world import ENGINE, FIRST, KERNEL, SECOND, World, edited, sdist_files
 
@@ -273,3 +274,14 @@ def test_an_interpreter_that_does_not_start_is_named(world: World) -> None:
     ran = world.run(*build(world), "--python", sys.executable + "-none")
     assert ran.status == 1
     ran.says("cannot be asked", "-none")
+
+
+@pytest.mark.parametrize(("place", "another"), [("dist", "DIST=DIR"), ("work", "WORK=DIR")])
+def test_a_folder_that_cannot_be_written_is_said_with_its_own_option(world: World, place: str, another: str) -> None:
+    folder = world.root / place
+    folder.mkdir()
+    with read_only(folder):
+        ran = world.run(*build(world), preexec_fn=obey_permissions)
+    assert ran.status == 1
+    assert ran.says("error: the folder cannot be written", f"next:     ls -ld {folder}    # another", another)
+    assert "BUILD=" not in ran.err

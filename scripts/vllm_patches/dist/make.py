@@ -23,6 +23,7 @@ from vllm_patches.errors import PatchesError
 from vllm_patches.hashing import sha256
 from vllm_patches.model import Release
 from vllm_patches.outcome import Say
+from vllm_patches.outfile import OUT
 from vllm_patches.sdist import entries, open_sdist
 from vllm_patches.store import FindSdist
 
@@ -159,7 +160,7 @@ def _refuse_existing(target: Path) -> None:
             file=str(target),
             expected="no file or folder of that name",
             found="one that exists",
-            next_command=f"rm -r {target}    # or {_ANOTHER}",
+            next_command=f"rm -r {target}    # or {OUT}",
         )
 
 
@@ -217,7 +218,7 @@ def _result(bundle: Bundle, withheld: Mapping[str, str]) -> ReleaseDist:
 
 def _write(target: Path, files: Iterable[Asset]) -> None:
     """All files into a folder beside *target*, which then gets the name."""
-    with _folder_errors(target), cache.disk_errors(target.parent, _ANOTHER):
+    with _folder_errors(target), cache.disk_errors(target.parent, OUT):
         target.parent.mkdir(parents=True, exist_ok=True)
         with cache.scratch(target.parent, ".dist-") as scratch:
             folder = scratch / target.name
@@ -228,9 +229,6 @@ def _write(target: Path, files: Iterable[Asset]) -> None:
                 path.chmod(0o755 if asset.executable else 0o644)
             _refuse_existing(target)  # somebody else's, meanwhile: rename would take an empty folder's place
             folder.rename(target)
-
-
-_ANOTHER = "another place: --out DIR, with make DIST=DIR"
 
 
 @contextlib.contextmanager
@@ -244,5 +242,5 @@ def _folder_errors(target: Path) -> Iterator[None]:
             file=str(target.parent),
             expected="a folder, or a name that is free",
             found=error.strerror or str(error),
-            next_command=f"ls -ld {target.parent}    # {_ANOTHER}",
+            next_command=f"ls -ld {target.parent}    # {OUT}",
         ) from error

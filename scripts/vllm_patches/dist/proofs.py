@@ -10,47 +10,33 @@ from typing import Any
 
 from vllm_patches.errors import PatchesError
 from vllm_patches.model import Release
+from vllm_patches.proofrun import Proof, Side
 
 
 @dataclass(frozen=True)
 class Proofs:
-    """The records of a proof run by release and fix."""
+    """The proofs of a run by release and fix, and for each the HEAD of the series that it was of."""
 
-    records: Mapping[tuple[str, str], Mapping[str, Any]]
+    records: Mapping[tuple[str, str], tuple[Proof, str]]
 
     def trouble(self, release: Release, fix: str) -> str:
         """Why *fix* is not proved on *release*; empty where its repro flips."""
         record = self.records.get((release.version, fix))
         if record is None:
             return "the proof run has no result for it"
-        if record["head"] != release.head:
-            return f"the proof run was of another state of the series: HEAD {record['head']}"
-        wanted, stock, patched = record["stock"]["stock_fails"], record["stock"], record["patched"]
-        if not wanted or patched is None:
+        proof, head = record
+        if head != release.head:
+            return f"the proof run was of another state of the series: HEAD {head}"
+        if not proof.stock.stock_fails or proof.patched is None:
             return "the repro is not one that fails on the stock tree and passes on the patched one"
-        for side, text in ((stock, stock["trouble"]), (patched, patched["trouble"])):
-            if text:
-                return f"the repro could not be judged on the {side['side']} tree: {text}"
-        return _judged(wanted, stock["outcomes"], "stock") or _judged({}, patched["outcomes"], "patched")
-
-
-def _judged(wanted: Mapping[str, str], outcomes: Mapping[str, str], side: str) -> str:
-    """The first check whose outcome is not the wanted one: to pass, or to fail on the named assertion."""
-    if not outcomes or set(wanted) - set(outcomes):
-        return f"checks did not run on the {side} tree"
-    for check, outcome in outcomes.items():
-        expected = f"fail: {wanted[check]}" if check in wanted else "pass"
-        if outcome != expected:
-            return f"{check} on the {side} tree: expected {expected}, found {outcome}"
-    return ""
+        return next(iter(proof.complaints), "")
 
 
 def read_proofs(path: Path) -> Proofs:
     """The results in the file *path*; raises `PatchesError` unless it is the output of a proof run."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return Proofs({(row["release"], row["fix"]): _checked(row) for row in rows})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return from_rows(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PatchesError(
             "not the results of a proof run",
             file=str(path),
@@ -60,9 +46,12 @@ def read_proofs(path: Path) -> Proofs:
         ) from error
 
 
-def _checked(row: dict[str, Any]) -> dict[str, Any]:
-    """The row itself, once all that is read from it is there."""
-    for side in [row["stock"], *([row["patched"]] if row["patched"] is not None else [])]:
-        _ = side["side"], side["outcomes"].items(), side["stock_fails"].items(), side["trouble"]
-    _ = row["head"]
-    return row
+def from_rows(rows: list[dict[str, Any]]) -> Proofs:
+    """The JSON's rows; one of another shape raises KeyError, TypeError or AttributeError."""
+    records: dict[tuple[str, str], tuple[Proof, str]] = {}
+    for row in rows:
+        patched = Side(**row["patched"]) if row["patched"] is not None else None
+        proof = Proof(row["fix"], row["release"], row["state"], Side(**row["stock"]), patched)
+        _ = proof.complaints  # reads everything that is judged
+        records[proof.release, proof.fix] = proof, row["head"]
+    return Proofs(records)

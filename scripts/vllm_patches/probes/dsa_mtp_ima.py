@@ -28,6 +28,10 @@ TRITON = "vllm/v1/attention/ops/rocm_aiter_mla_sparse.py"
 PATHS = (*CUDA, TRITON)
 
 _CUDA_KERNEL = "cp_gather_indexer_k_quant_cache_kernel"
+# The threads of a row are neighbours in one warp; ROCm has no barrier of a warp here.
+_WARP_OR_BLOCK = re.compile(
+    r"#[ \t]*ifndef[ \t]+USE_ROCM\s+__syncwarp\(\);\s*#[ \t]*else\s+__syncthreads\(\);\s*#[ \t]*endif"
+)
 _TRITON_WRAPPER = "cp_gather_indexer_k_quant_cache_triton"
 _TRITON_KERNEL = re.compile(r"^def (_cp_gather_indexer_quant_cache\w*kernel)\b", re.MULTILINE)
 
@@ -45,7 +49,7 @@ def probe_python(read: ReadFile) -> tuple[Site, ...]:
 def _cuda(source: Source) -> Site:
     code = blank_comments(source.text)
     start, end = _kernel_body(source, code)
-    body = code[start:end]
+    body = _WARP_OR_BLOCK.sub(lambda pair: "__syncthreads();".ljust(len(pair[0])), code[start:end])
     array = re.search(r"__shared__\s+int\s+(\w+)\s*\[", body)
     loop = re.search(r"\bfor\s*\(", body)
     if array is None or loop is None or array.start() > loop.start():
@@ -58,13 +62,13 @@ def _cuda(source: Source) -> Site:
     first_read = search_end + reads[0].start()
 
     initialised = _initialised(source, body[: loop.start()], name)
-    barriers = _block_barrier(body[1 : loop.start()]) and _block_barrier(body[search_end:first_read])
+    barriers = _barrier(body[1 : loop.start()]) and _barrier(body[search_end:first_read])
     guard = _negative_batch_guard(source, body, search_end, name)
     # A barrier that some threads have left by then hangs the block.
     until_last_barrier = body[: max(0, body.rfind("__syncthreads"))]
     held = {
         "batch_idx set to -1": initialised,
-        "block barriers": barriers,
+        "barriers": barriers,
         "no return before them": not re.search(r"\breturn\b", until_last_barrier),
         "batch < 0 returns": guard is not None,
     }
@@ -108,8 +112,8 @@ def _initialised(source: Source, before_loop: str, name: str) -> bool:
     return bool(values)
 
 
-def _block_barrier(code: str) -> bool:
-    """Whether *code* holds a barrier of the whole block that no condition takes away, C++ or preprocessor."""
+def _barrier(code: str) -> bool:
+    """Whether *code* holds a barrier that no condition takes away, C++ or preprocessor, for CUDA and for ROCm."""
     depth = 0
     token = r"^[ \t]*#[ \t]*(if|ifdef|ifndef|endif)\b|[{}]|\b__syncthreads\s*\(\s*\)"
     for match in re.finditer(token, code, re.MULTILINE):

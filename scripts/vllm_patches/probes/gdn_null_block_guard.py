@@ -7,6 +7,7 @@ slot -1 (old padding), 0 (null block) and 1 (a request) is worked out from the c
 from __future__ import annotations
 
 import ast
+import copy
 import operator
 import re
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ class _Kernel:
         for test, outcome in use.conditions:
             if not self.about(test, use.slot):
                 continue
-            known = inlined(test, self.values, frozenset({use.slot}))
+            known = inlined(_without_tokens(test), self.values, frozenset({use.slot}))
             result = _evaluate(known, lambda name: self._number(name, use.slot, number))
             if result is None:
                 raise self.source.unknown(f"{self.name}: the test {ast.unparse(test)} at line {test.lineno}")
@@ -80,6 +81,19 @@ class _Kernel:
             if mask is not None and names_in(inlined(mask, self.values, slots)) & slots:
                 what = f"{self.name}: line {call.lineno} is masked by a slot number; not a form that is known"
                 raise self.source.unknown(what)
+
+
+class _WithoutTokens(ast.NodeTransformer):
+    """``slot * T`` is ``slot``: a row that gets here has T >= 1 tokens, and only signs are compared."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        tokens = isinstance(node.op, ast.Mult) and isinstance(node.right, ast.Name) and node.right.id == "T"
+        return node.left if tokens else node
+
+
+def _without_tokens(test: ast.expr) -> ast.expr:
+    found: ast.expr = _WithoutTokens().visit(copy.deepcopy(test))
+    return found
 
 
 def probe(read: ReadFile) -> tuple[Site, ...]:

@@ -96,6 +96,27 @@ def mrv2_sleep(context: Context) -> dict[str, Any]:
     return {"before": first, "after": second, "probes_equal": len(found)}
 
 
+@case("load-mtp-sleep", "0003", RELEASES, stock=r"request \d+ of 20: .*is_contiguous", alone=True, limit=300.0)
+def mtp_sleep(context: Context) -> dict[str, Any]:
+    """The same server with a sleep and a wake-up in the middle, which zeroes the sparse indexer's constants.
+
+    Whether the answers survive that is recorded, not judged: the constants are not this series' to restore.
+    """
+    with served(context, "deepseek", v2=False, speculative_config=MTP, enable_sleep_mode=True) as server:
+        burst(server)
+        wanted = [server.complete(prompt, LENGTH) for prompt in PROBES]
+        first = load(server, prompts(REQUESTS // 2, 1), LENGTH, CONCURRENCY).figures()
+        failing(first, server)
+        server.post("/sleep?level=1")
+        server.post("/wake_up")
+        found = [server.complete(prompt, LENGTH) for prompt in PROBES]
+        burst(server)
+        second = load(server, prompts(REQUESTS // 2, 1), LENGTH, CONCURRENCY).figures()
+        failing(second, server)
+    equal = sum(a == b for a, b in zip(found, wanted, strict=True))
+    return {"before": first, "after": second, "probes": len(wanted), "probes_equal": equal}
+
+
 @case("load-mrv2-control", "0005", RELEASES, alone=True, limit=300.0)
 def mrv2_control(context: Context) -> dict[str, Any]:
     """The same server without a sleep: tokens per second of stock and patched."""
