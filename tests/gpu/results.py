@@ -66,19 +66,31 @@ class CaseResult:
 
 
 def judge(case: Case, release: str, sides: Mapping[Side, SideResult]) -> CaseResult:
-    """The verdict on a case; a side that was not run leaves it NOT_RUN, whatever the other says."""
+    """The verdict on a case; a side that was not run leaves it NOT_RUN, whatever the other says.
+
+    So does a side of a case that only observes, if it ended otherwise than well before it had a figure.
+    """
     complaints: tuple[str, ...] = ()
     if any(sides[side].outcome is Outcome.NOT_RUN for side in case.sides):
         verdict = Verdict.NOT_RUN
         complaints = tuple(f"{side.value}: {sides[side].detail}" for side in case.sides if sides[side].detail)
     elif not case.judged:
-        verdict = Verdict.OBSERVED
+        complaints = tuple(
+            f"{side.value}: {sides[side].outcome.value}, nothing was observed: {_first(sides[side].detail)}"
+            for side in case.sides
+            if not _seen(sides[side])
+        )
+        verdict = Verdict.NOT_RUN if complaints else Verdict.OBSERVED
     else:
         complaints = tuple(_complaints(case, sides))
         good = Verdict.PROVED if case.stock else Verdict.CONTROL
         verdict = Verdict.NOT_PROVED if complaints else good
     named = {side.value: sides[side] for side in case.sides}
     return CaseResult(case.name, case.fix, release, case.about, case.stock, verdict, complaints, named)
+
+
+def _seen(side: SideResult) -> bool:
+    return side.outcome is Outcome.PASS or bool(side.measures)
 
 
 def _complaints(case: Case, sides: Mapping[Side, SideResult]) -> Iterable[str]:

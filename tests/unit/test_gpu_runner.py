@@ -249,6 +249,21 @@ def test_judge_control(stock: SideResult, patched: SideResult, verdict: Verdict)
     assert results.judge(case, "0.20.2", {Side.STOCK: stock, Side.PATCHED: patched}).verdict is verdict
 
 
+@pytest.mark.parametrize(
+    ("stock", "verdict"),
+    [
+        (side(Outcome.PASS), Verdict.OBSERVED),
+        (side(Outcome.FAIL, "boom", seen=1), Verdict.OBSERVED),
+        (BOOM, Verdict.NOT_RUN),  # it ended before it saw anything
+        (side(Outcome.DIED, "exit 1"), Verdict.NOT_RUN),
+    ],
+)
+def test_judge_observation(stock: SideResult, verdict: Verdict) -> None:
+    case = Case("x", "0001", ("0.28.0",), lambda context: {}, "x", sides=(Side.STOCK,), judged=False)
+    found = results.judge(case, "0.28.0", {Side.STOCK: stock})
+    assert (found.verdict, bool(found.complaints)) == (verdict, verdict is Verdict.NOT_RUN)
+
+
 def test_cleaner_takes_folders_hosts_and_addresses_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results.socket, "gethostname", lambda: "gpu-box-17")
     cleaner = results.Cleaner({"stock": Path("/data/site"), "work": Path("/data/site/work")})
@@ -295,7 +310,8 @@ def test_recorded_results_are_what_the_runner_would_say(path: Path) -> None:
             Side(name): SideResult(Outcome(value["outcome"]), value["detail"], value["seconds"], value["measures"])
             for name, value in row["sides"].items()
         }
-        judged = row["verdict"] != "observed"
+        unseen = row["verdict"] == "not run" and all(each.outcome is not Outcome.NOT_RUN for each in sides.values())
+        judged = row["verdict"] != "observed" and not unseen
         case = Case(row["case"], row["fix"], (), lambda context: {}, "", row["expected"], (), tuple(sides), judged)
         verdict = results.judge(case, row["release"], sides).verdict
         # What must be equal on both sides is the case's own, and not recorded: only that can make a row worse.
