@@ -36,7 +36,6 @@ sys.path[:0] = [str(GPU), str(ROOT / "scripts")]
 ROUNDS, MILLISECONDS = 5, 4
 LIMIT = 1.02  # patched over stock
 STOCK, AGAIN, PATCHED, UPSTREAM = "stock", "stock again", "patched", "upstream"
-OTHER, MERGED = "other form", "merged form"
 
 Variants = dict[str, Callable[[], object]]
 # fix, what, shape, bytes that have to be moved, variants
@@ -107,11 +106,15 @@ def batches() -> Iterator[tuple[str, Any, int, bool]]:
 
 
 def cxx_gather(code: Code, shared: Path) -> Iterator[Bench]:
-    """The C++ kernel. Upstream's fix is the same text as ours; the other form keeps the warp's barrier."""
+    """The C++ kernel; upstream's form has barriers of the block where ours has those of a warp."""
     import native_unit
 
-    warp = changed(code.patched / SOURCE, *WARP_BARRIERS)
-    texts = {STOCK: (code.stock, None), PATCHED: (code.patched, None), OTHER: (code.patched, {SOURCE: warp.encode()})}
+    block = changed(code.patched / SOURCE, *BLOCK_BARRIERS)
+    texts = {
+        STOCK: (code.stock, None),
+        PATCHED: (code.patched, None),
+        UPSTREAM: (code.patched, {SOURCE: block.encode()}),
+    }
     spaces = {name: f"bench_gather_{number}" for number, name in enumerate(texts)}
     with ThreadPoolExecutor() as pool:  # a compiler each
         jobs = {
@@ -124,9 +127,10 @@ def cxx_gather(code: Code, shared: Path) -> Iterator[Bench]:
         yield "0001", "K gather, C++", shape, moved, variants if exact else without_stock(variants)
 
 
-# Of the patched text: both barriers of the block become those of a warp, which holds the 8 threads of a row.
-FIRST, SECOND = "    batch_idx[threadIdx.y] = -1;\n  }\n", "return only below this one.\n"
-WARP_BARRIERS = tuple((f"{text}  __syncthreads();", f"{text}  __syncwarp();") for text in (FIRST, SECOND))
+# Both barriers of the patched text become those of the block, as upstream has them.
+BARRIER = "#ifndef USE_ROCM\n  __syncwarp();\n#else\n  __syncthreads();\n#endif\n"
+BEFORE = ("    batch_idx[threadIdx.y] = -1;\n  }\n", "are in one warp.\n")
+BLOCK_BARRIERS = tuple((f"{text}{BARRIER}", f"{text}  __syncthreads();\n") for text in BEFORE)
 
 
 def without_stock(variants: Variants) -> Variants:
@@ -186,11 +190,7 @@ def triton_gather(code: Code) -> Iterator[Bench]:
 FLA = "vllm/model_executor/layers/fla/ops"
 GATING = f"{FLA}/fused_sigmoid_gating.py"
 LIGHTNING = "vllm/model_executor/layers/lightning_attn.py"
-INDEX = "            state_idx = tl.load(ssm_state_indices + i_n * stride_indices_seq + i_t)"
-NARROW = (
-    (f"{INDEX}.to(\n                tl.int64\n            )\n", f"{INDEX}\n"),
-    ("            p_h0 = h0 + state_idx * stride", "            p_h0 = h0 + state_idx.to(tl.int64) * stride"),
-)
+FACTOR = ("            if state_idx * T <= 0:", "            if state_idx <= 0:")
 
 
 def gdn(code: Code) -> Iterator[Bench]:
@@ -199,8 +199,7 @@ def gdn(code: Code) -> Iterator[Bench]:
 
     q_heads, heads, size = 16, 32, 128
     recurrent, gating = code.pair(f"{FLA}/fused_recurrent.py"), code.pair(GATING)
-    narrow = load(f"{FLA.replace('/', '.')}.bench_narrow", changed(code.patched / GATING, *NARROW))
-    gating[OTHER] = narrow  # compares the 32-bit index
+    gating[UPSTREAM] = load(f"{FLA.replace('/', '.')}.bench_upstream", changed(code.patched / GATING, FACTOR))
     for rows in (1, 64, 512):
         state = torch.randn(rows + 1, heads, size, size, device="cuda").to(torch.bfloat16)
         q, k = (torch.randn(1, rows, q_heads, size, device="cuda").to(torch.bfloat16) for _ in range(2))
@@ -256,34 +255,23 @@ INDEXER = "vllm/v1/attention/backends/mla/indexer.py"
 def decode_lengths(code: Code) -> Iterator[Bench]:
     """The builder's own method on full decode batches: the native path (MTP 1) and the uniform kernel (MTP 3).
 
-    The other form writes through clamp's out= instead of a copy and a clamp; the merged one subtracts once instead of
-    subtracting and adding, which makes room for the clamp. Upstream's 0.22.0 has no clamp.
+    Upstream's 0.22.0 has no clamp, and adds and subtracts where ours subtracts once.
     """
     modules = code.pair(INDEXER)
     package = ".".join(Path(INDEXER).parent.parts)
     clamp = ("                ).clamp_(min=0)\n", "                )\n")
     kernel = ("tl.maximum(seq_len - max_decode_len + local_idx + 1, 0)", "seq_len - max_decode_len + local_idx + 1")
-    modules[UPSTREAM] = load(f"{package}.bench_upstream", changed(code.patched / INDEXER, clamp, kernel))
-    head = "                seq_lens_buffer[:] = (\n                    seq_lens.unsqueeze(1)\n"
-    tail = "                    + self.offsets_buffer[:max_decode_len]\n                ).clamp_(min=0)\n"
-    in_place = (
-        (head, "                torch.clamp(\n                    seq_lens.unsqueeze(1)\n"),
-        (tail, tail.partition("\n")[0] + ",\n                    min=0, out=seq_lens_buffer,\n                )\n"),
-    )
-    modules[OTHER] = load(f"{package}.bench_other", changed(code.patched / INDEXER, *in_place))
     once = (
-        "                    - max_decode_len\n                    + 1\n",
         "                    - (max_decode_len - 1)\n",
+        "                    - max_decode_len\n                    + 1\n",
     )
-    modules[MERGED] = load(f"{package}.bench_merged", changed(code.patched / INDEXER, once))
+    modules[UPSTREAM] = load(f"{package}.bench_upstream", changed(code.patched / INDEXER, clamp, kernel, once))
     for rows in (1, 64, 512):
         for native_path, length in ((True, 2), (False, 4)):
             calls = {name: one_step(module, name, rows, length, native_path) for name, module in modules.items()}
             width = 2048
             moved = 4 * rows * (length + 1) if native_path else 4 * rows * length * 2 * width
             what = "decode lengths, native" if native_path else "decode lengths, uniform kernel"
-            if not native_path:
-                calls = {name: call for name, call in calls.items() if name not in (OTHER, MERGED)}
             yield "0003", what, f"{rows} rows of {length}, 128k context", moved, calls
 
 

@@ -345,6 +345,8 @@ CASES = [
     Case("packed-load", RECURRENT, "slot <= 0:  # packed", "slot < 0:", "if slot < 0"),
     Case("packed-load", RECURRENT, "slot <= 0:  # packed", "slot == -1 or slot == 0:", "or", Finding.PRESENT),
     Case("sigmoid-load", SIGMOID, "slot < 1", "slot == -1", "slot == -1"),
+    Case("sigmoid-load", SIGMOID, "slot < 1", "slot * T <= 0", "slot * T", Finding.PRESENT),
+    Case("sigmoid-load", SIGMOID, "slot < 1", "slot * T < 0", "slot * T"),
     Case("sigmoid-store", SIGMOID, "last >= 1", "last != -1", "last != -1"),
     Case("lightning", LIGHTNING, " | (slot == null_block_id)", "", "(slot == pad_slot_id)"),
     Case("lightning", LIGHTNING, "=NULL_BLOCK_ID", "=PAD_SLOT_ID", "null_block_id):"),
