@@ -72,7 +72,7 @@ def summary(found: list[Cell]) -> str:
         ]
         lines.append(f"| {fix} | {' | '.join(cells)} |")
     lines += [
-        *rates(rows),
+        *rates(found),
         "",
         "| kernel | release | patched / stock | stock / stock | upstream's form / stock |",
         "| --- | --- | --- | --- | --- |",
@@ -82,19 +82,18 @@ def summary(found: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def rates(rows: dict[tuple[str, str], Cell]) -> list[str]:
-    """A line for each load that both sides came through in several rounds: the median, and the slowest and fastest."""
+def rates(found: list[Cell]) -> list[str]:
+    """A line for each load that both sides came through in several rounds, of every run: a server's speed depends on
+    the host, too."""
     lines: list[str] = []
-    for (name, release), row in sorted(rows.items()):
-        if row["verdict"] != "control passed":
-            continue
-        both = {side: row["sides"][side]["measures"] for side in ("stock", "patched")}
-        if all("rounds" in figures for figures in both.values()):
-            said = [f"{side} {ranged_rate(figures)}" for side, figures in both.items()]
-            lines += [
-                "",
-                f"Tokens per second, {name}, {release}, {len(both['stock']['rounds'])} rounds: {', '.join(said)}.",
-            ]
+    for run in found:
+        for row in run["cases"]:
+            both = {side: row["sides"][side]["measures"] for side in ("stock", "patched") if side in row["sides"]}
+            if row["verdict"] == "control passed" and all("rounds" in figures for figures in both.values()):
+                said = [f"{side} {ranged_rate(figures)}" for side, figures in both.items()]
+                rounds = f"{len(both['stock']['rounds'])} rounds, commit {run['commit'][:8]}"
+                what = f"{row['case']}, {run['release']}, {rounds}"
+                lines += ["", f"Tokens per second, {what}: {', '.join(said)}."]
     return lines
 
 

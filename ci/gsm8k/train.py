@@ -48,6 +48,10 @@ class Plan:
     seconds: int = 0  # of training at most, by the speed of the first steps; 0: no limit
 
 
+# What a shape's plan has of its own, where the command line says nothing else.
+PLANS: dict[str, dict[str, int]] = {"dsa": {"steps": 2000, "batch": 32}}
+
+
 @dataclass(frozen=True)
 class Stream:
     """All training examples end to end: token ids, which of them count in the loss, where examples begin."""
@@ -218,12 +222,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     for name, value in asdict(Plan("dense")).items():
         if name != "shape":
-            parser.add_argument(f"--{name}", type=type(value), default=value)
+            parser.add_argument(f"--{name}", type=type(value), default=argparse.SUPPRESS, help=f"default: {value}")
     parser.add_argument("--held-out", type=int, default=300, help="questions of the score at the end")
     arguments = vars(parser.parse_args())
     out, held_out = arguments.pop("out"), arguments.pop("held_out")
     out.mkdir(parents=True, exist_ok=True)
-    train(Plan(**arguments), out, held_out)
+    train(Plan(**PLANS.get(arguments["shape"], {}) | arguments), out, held_out)
 
 
 if __name__ == "__main__":

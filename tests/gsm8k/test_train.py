@@ -11,9 +11,10 @@ import torch
 from gsm8k import tokens
 from gsm8k.dsa import MtpLayer, export
 from gsm8k.fixture import MODELS
+from gsm8k.problems import generate
 from gsm8k.shapes import configuration
 from gsm8k.sides import CODE
-from gsm8k.train import Plan, Stream, round_weights, train, training_stream
+from gsm8k.train import Plan, Stream, round_weights, teacher_forced, train, training_stream
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -138,11 +139,26 @@ def test_the_mtp_layer_learns_the_token_after_the_next() -> None:
     assert wrong > 2 * losses[-1]
 
 
-@pytest.mark.parametrize("name", ["dense", "hybrid"])
+@pytest.mark.parametrize("name", ["dense", "hybrid", "dsa"])
 def test_the_shipped_models_say_how_they_were_trained(name: str) -> None:
     said = json.loads((MODELS / name / "training.json").read_text(encoding="utf-8"))
     assert said["plan"]["shape"] == name
     assert said["held_out_teacher_forced"] >= 0.8
+
+
+def test_the_shipped_dsa_model_answers_as_the_model_that_it_was_exported_from() -> None:
+    """Without its indexer, which selects every token of a short context, and its MTP layer it is a DeepSeek-V3."""
+    config = configuration("dsa")
+    weights = load_file(MODELS / "dsa" / "model.safetensors")
+    own = {name: tensor for name, tensor in weights.items() if f"layers.{config.num_hidden_layers}." not in name}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict({name: tensor.float() for name, tensor in own.items() if ".indexer." not in name})
+    problems = list(generate("test", 10, seed=2))
+    assert teacher_forced(model, tokens.build(), problems) >= 0.8
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight[torch.randperm(config.vocab_size)])
+    assert teacher_forced(model, tokens.build(), problems) == 0
 
 
 def test_the_recorded_answers_dealt_to_other_questions_are_not_right() -> None:
