@@ -232,6 +232,7 @@ def run_gather(tree: Path, kind: str, platform: str, shapes: tuple[Shape, ...], 
         raise RuntimeError(f"the gather program wrote {len(rest)} bytes too many")
 
 
+PLATFORMS = ("cuda", "rocm")  # whose texts have different barriers
 WITHOUT_TAIL = tuple(replace(shape, extra=0) for shape in SHAPES if shape.live)
 
 
@@ -245,15 +246,17 @@ def cxx_live_rows(tree: Path) -> None:
 @CASE.check("cxx-reads-in-bounds")
 def cxx_reads_in_bounds(tree: Path) -> None:
     """Rows past the end, __shared__ memory that holds no index of a sequence."""
-    for poison in ("+1", "+0", -1, -1000, INT32_MAX):
-        run_gather(tree, "address", "cuda", SHAPES, poison)
+    for platform in PLATFORMS:
+        for poison in ("+1", "+0", -1, -1000, INT32_MAX):
+            run_gather(tree, "address", platform, SHAPES, poison)
 
 
 @CASE.check("cxx-tail-untouched")
 def cxx_tail_untouched(tree: Path) -> None:
     """Rows past the end, __shared__ memory that holds an index in range: no bad access, but stray rows."""
-    for poison in (0, "-1"):
-        run_gather(tree, "address", "cuda", SHAPES, poison)
+    for platform in PLATFORMS:
+        for poison in (0, "-1"):
+            run_gather(tree, "address", platform, SHAPES, poison)
 
 
 @CASE.check("cxx-no-race")
