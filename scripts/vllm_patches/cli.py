@@ -1,13 +1,18 @@
-"""The command line: parse, call, print. Exit status: 0 done, 1 drift or error, 2 wrong usage, 130 interrupted."""
+"""The command line: parse, call, print. Exit status: 0 done, 1 drift or error, 2 wrong usage, 130 interrupted,
+143 terminated.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vllm_patches import __version__, render
@@ -29,12 +34,17 @@ from vllm_patches.treecheck import check_tree
 from vllm_patches.verify import verify
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what cleans up after Ctrl-C does so after `kill`, `timeout` and a job scheduler."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; errors are printed as text, or as JSON where it was asked for."""
     options = _parser().parse_args(argv)
     try:
         verb: Callable[[Catalog, argparse.Namespace], int] = options.verb
-        status = verb(open_catalog(), options)
+        with _sigterm_as_interrupt():
+            status = verb(open_catalog(), options)
         print(end="", flush=True)  # here, not in the interpreter's last breath, shows what cannot be written
         return status
     except PatchesError as error:
@@ -44,9 +54,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         return _report(PatchesError(str(error), next_command=f"ls -ld {error.filename or '.'}"), options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signalled:
         print("interrupted; nothing half-made is left, run it again", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(signalled, _Terminated) else signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Only the main thread can, and a handler that somebody else has set stays theirs."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminated(number: int, frame: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _report(error: PatchesError, options: argparse.Namespace) -> int:

@@ -247,15 +247,17 @@ def switch(directory: Path, branch: str, *, force: bool = False) -> None:
 
 @contextlib.contextmanager
 def no_interrupt() -> Iterator[None]:
-    """Ignore SIGINT here and in the processes that are started; only the main thread can, and only it gets one."""
+    """Ignore SIGINT and SIGTERM here and in the processes that are started; only the main thread can, and it gets
+    them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # What a tree's own .git/config could change in a patch file (the user's global one is not read at all); those of

@@ -224,13 +224,15 @@ def _again(world: World, source: Path) -> int:
 # --- Ctrl-C
 
 
-def _interrupt(world: World, *arguments: object, at: int, how: str = "wait") -> tuple[int, str]:
-    """SIGINT to the whole group, as a terminal sends it, while git is at its *at*-th call."""
+def _interrupt(
+    world: World, *arguments: object, at: int, how: str = "wait", send: signal.Signals = signal.SIGINT
+) -> tuple[int, str]:
+    """SIGINT to the whole group, as terminals send it, or SIGTERM to the process, while git is at its *at*-th call."""
     with world.start(*arguments, env=_saboteur(world, at, how)) as process:
         while not (world.root / "calls").exists() or len(_calls(world)) < at:
             assert process.poll() is None
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGINT)
+        (os.killpg if send is signal.SIGINT else os.kill)(process.pid, send)
         try:
             _, err = process.communicate(timeout=20)
         finally:
@@ -242,6 +244,18 @@ def _interrupt(world: World, *arguments: object, at: int, how: str = "wait") -> 
 def test_ctrl_c_leaves_nothing(world: World, at: int) -> None:
     status, err = _interrupt(world, "apply", "--build", world.build, at=at)
     assert status == 130
+    assert "interrupted; nothing half-made is left, run it again" in err
+    assert "Traceback" not in err
+    assert scratch_left(world.root) == []
+    assert [path.name for path in world.build.iterdir()] == [".lock"]
+    _ends_well(world)
+
+
+@pytest.mark.parametrize("at", [1, 5, 11])
+def test_sigterm_leaves_nothing_either(world: World, at: int) -> None:
+    """`kill` and `timeout` send it to the process alone; the git that it waits for goes with it."""
+    status, err = _interrupt(world, "apply", "--build", world.build, at=at, send=signal.SIGTERM)
+    assert status == 143
     assert "interrupted; nothing half-made is left, run it again" in err
     assert "Traceback" not in err
     assert scratch_left(world.root) == []

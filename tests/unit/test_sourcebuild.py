@@ -166,11 +166,12 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_an_interrupt_ends_the_compilers_too(world: World) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_the_compilers_too(world: World, number: signal.Signals, status: int) -> None:
     process, compiler = started(world)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err
+    assert process.returncode == status, err
     assert gone(compiler)
     assert dist(world) == []
 
