@@ -12,10 +12,9 @@ import importlib
 import importlib.util
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +86,22 @@ def load(names: list[str], mutated: Path) -> None:
     if read:
         raise RuntimeError(f"{read[0]} is the mutated file: importing the others has read it")
     if threads := _lasting_threads():
-        raise RuntimeError(f"{threads} threads before the fork: {[thread.name for thread in threading.enumerate()]}")
+        raise RuntimeError(f"threads before the fork: {' '.join(threads)}")
 
 
-def _lasting_threads(seconds: float = 10.0) -> int:
-    """How many threads there are beside this one, once those that only just end have had the time to."""
+def _lasting_threads(seconds: float = 10.0) -> list[str]:
+    """The names of the threads beside this one, once those that only just end have had the time to."""
     until = time.monotonic() + seconds
-    while (others := len(list(Path("/proc/self/task").iterdir())) - 1) and time.monotonic() < until:
+    while (others := _threads()) and time.monotonic() < until:
         time.sleep(0.05)
     return others
+
+
+def _threads() -> list[str]:
+    """All but jemalloc's own (pandas brings one where pyarrow is installed): its fork handlers know of it."""
+    found: list[str] = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError):  # ended meanwhile
+            found.append((task / "comm").read_text(encoding="utf-8").strip())
+    found.remove(Path("/proc/self/comm").read_text(encoding="utf-8").strip())
+    return [name for name in found if name != "jemalloc_bg_thd"]

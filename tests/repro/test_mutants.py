@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -280,3 +281,15 @@ def test_a_release_whose_mutants_cannot_be_run_is_an_error(
     with pytest.raises(SystemExit, match=f"{RELEASE}: 0 of 1 mutants were run"):
         list(judge_all(RELEASE, [replace(MUTANT, file="vllm/version.py")], {"0003": "mla_flat_buffer"}))
     assert len(scratches) == 1 and not scratches[0].exists()
+
+
+def test_a_thread_that_lasts_is_told_and_one_that_ends_is_waited_for() -> None:
+    code = """
+import sys, threading, time, preload
+threading.Thread(target=time.sleep, args=(float(sys.argv[1]),), daemon=True).start()
+print(len(preload._lasting_threads(2.0)))
+"""
+    for seconds, left in (("0.3", "0"), ("60", "1")):
+        command = [sys.executable, "-c", code, seconds]
+        done = subprocess.run(command, cwd=Path(preload.__file__).parent, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == left
