@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,17 @@ from typing import Any
 import pytest
 from packkit import PIN, Assets, dist
 from vllm_patches.catalog import open_catalog
+from vllm_patches.proofrun import Proof, Side
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Assets:
     """All five, proved on paper: the form is looked at here, a real proof run in test_document."""
     release = open_catalog().release(PIN)
-    side = {"outcomes": {"a": "fail: x"}, "stock_fails": {"a": "x"}, "trouble": "", "side": "stock"}
-    patched = side | {"outcomes": {"a": "pass"}, "side": "patched"}
-    rows = [
-        {"fix": fix, "release": PIN, "head": release.head, "stock": side, "patched": patched} for fix in release.states
-    ]
+    stock = Side(PIN, "stock", {"a": "fail: x"}, {"a": "file.py:1"}, {"a": "x"}, "", 0.0)
+    patched = replace(stock, side="patched", outcomes={"a": "pass"}, where={})
+    proofs = [Proof(fix, PIN, "live", stock, patched) for fix in release.states]
+    rows = [asdict(proof) | {"head": release.head} for proof in proofs]
     folder = tmp_path_factory.mktemp("statements")
     (folder / "proof.json").write_text(json.dumps(rows), encoding="utf-8")
     return Assets(dist(folder / "out", "--pin", PIN, "--proof", str(folder / "proof.json")))
