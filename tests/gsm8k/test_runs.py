@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpurun.server import server_command
 from gsm8k.__main__ import NO_VLLM, _say_if_other_release
 from gsm8k.answers import pair_up, read_answers
 from gsm8k.record import last_day, record
 from gsm8k.report import as_json, plot, report_mode, table
-from gsm8k.runs import Job, Mode, Outcome, Ran, _server_flags, request_of, run_side
+from gsm8k.runs import Job, Mode, Outcome, Ran, _engine, request_of, run_side
 from gsm8k.scenario import PLAIN, Scenario, read_scenarios, scenario_of
 from gsm8k.sides import RunError, Side
 from gsm8k.stats import Verdict
@@ -280,7 +281,7 @@ def test_a_fix_with_several_scenarios_must_be_named_in_full() -> None:
 def test_a_step_of_one_token_reaches_vllm_in_process_and_through_the_server() -> None:
     job = replace(JOB, scenario=scenario_of("0003-one-token-steps"))
     assert request_of(job, Mode.INPROCESS, Path("x"))["model_args"]["long_prefill_token_threshold"] == 1
-    flags = _server_flags(job, 1)
+    flags = server_command("python", 1, _engine(job))
     assert flags[flags.index("--long-prefill-token-threshold") + 1] == "1"
 
 
