@@ -105,7 +105,8 @@ def _model(name: str, scenario: Scenario) -> tuple[str, str]:
     place = place or scenario.fixture or "dense"
     folder = MODELS / place if (MODELS / place).is_dir() else Path(place).absolute()
     if not (folder / "config.json").is_file():
-        raise RunError(f"MODEL={name}: no model in {folder}\n  next:     python -m gsm8k.train {place} {folder}")
+        known = " ".join(f"fixture:{found.name}" for found in sorted(MODELS.iterdir()))
+        raise RunError(f"MODEL={name}: no model in {folder}\n  next:     make gsm8k MODEL=...    # {known}")
     return str(folder), "fixture"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from gpurun.server import server_command
-from gsm8k.__main__ import NO_VLLM, _say_if_other_release
+from gsm8k.__main__ import NO_VLLM, _model, _say_if_other_release
 from gsm8k.answers import pair_up, read_answers
 from gsm8k.record import last_day, record
 from gsm8k.report import as_json, plot, report_mode, table
@@ -302,3 +302,8 @@ def test_a_misspelt_key_of_a_scenario_is_told(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text('[[scenario]]\nname = "a"\npins = []\nsleepevery = 3\n', encoding="utf-8")
     with pytest.raises(RunError, match="sleepevery"):
         read_scenarios(tmp_path / "s.toml")
+
+
+def test_an_unknown_fixture_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(RunError, match=r"no model in .*nope\n.*fixture:dense fixture:dsa fixture:hybrid"):
+        _model("fixture:nope", PLAIN)
