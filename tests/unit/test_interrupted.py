@@ -240,22 +240,13 @@ def _interrupt(
     return process.returncode, err
 
 
-@pytest.mark.parametrize("at", [1, 2, 5, 8, 11])
-def test_ctrl_c_leaves_nothing(world: World, at: int) -> None:
-    status, err = _interrupt(world, "apply", "--build", world.build, at=at)
-    assert status == 130
-    assert "interrupted; nothing half-made is left, run it again" in err
-    assert "Traceback" not in err
-    assert scratch_left(world.root) == []
-    assert [path.name for path in world.build.iterdir()] == [".lock"]
-    _ends_well(world)
-
-
-@pytest.mark.parametrize("at", [1, 5, 11])
-def test_sigterm_leaves_nothing_either(world: World, at: int) -> None:
-    """`kill` and `timeout` send it to the process alone; the git that it waits for goes with it."""
-    status, err = _interrupt(world, "apply", "--build", world.build, at=at, send=signal.SIGTERM)
-    assert status == 143
+@pytest.mark.parametrize(
+    ("send", "at"), [(signal.SIGINT, at) for at in (1, 2, 5, 8, 11)] + [(signal.SIGTERM, at) for at in (1, 5, 11)]
+)
+def test_an_interrupt_leaves_nothing(world: World, send: signal.Signals, at: int) -> None:
+    """Ctrl-C; or `kill` and `timeout`, which signal the process alone: the git that it waits for goes with it."""
+    status, err = _interrupt(world, "apply", "--build", world.build, at=at, send=send)
+    assert status == {signal.SIGINT: 130, signal.SIGTERM: 143}[send]
     assert "interrupted; nothing half-made is left, run it again" in err
     assert "Traceback" not in err
     assert scratch_left(world.root) == []

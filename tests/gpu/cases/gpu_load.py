@@ -80,20 +80,31 @@ def mtp_control(context: Context) -> dict[str, Any]:
         return rounds(server, shortest=16)
 
 
+def half(server: Server) -> dict[str, Any]:
+    """Half of the requests; raises `Defect` if one failed."""
+    figures = load(server, prompts(REQUESTS // 2, 1), LENGTH, CONCURRENCY).figures()
+    failing(figures, server)
+    return figures
+
+
+def half_and_sleep(server: Server) -> tuple[dict[str, Any], int]:
+    """Half of the requests, a sleep and a wake-up; how many probes are answered after it as before all that."""
+    wanted = [server.complete(prompt, LENGTH) for prompt in PROBES]
+    figures = half(server)
+    server.post("/sleep?level=1")
+    server.post("/wake_up")
+    found = [server.complete(prompt, LENGTH) for prompt in PROBES]
+    return figures, sum(a == b for a, b in zip(found, wanted, strict=True))
+
+
 @case("load-mrv2-sleep", "0005", RELEASES, stock=r"requests failed|no answer|answered 500", alone=True, limit=300.0)
 def mrv2_sleep(context: Context) -> dict[str, Any]:
     """MRv2, tiny dense model: 10,000 requests at concurrency 200 with a sleep and a wake-up in the middle."""
     with served(context, "dense", v2=True, enable_sleep_mode=True) as server:
-        wanted = [server.complete(prompt, LENGTH) for prompt in PROBES]
-        first = load(server, prompts(REQUESTS // 2, 1), LENGTH, CONCURRENCY).figures()
-        failing(first, server)
-        server.post("/sleep?level=1")
-        server.post("/wake_up")
-        found = [server.complete(prompt, LENGTH) for prompt in PROBES]
-        expect(found == wanted, "the probes' answers differ after the sleep")
-        second = load(server, prompts(REQUESTS // 2, 1), LENGTH, CONCURRENCY).figures()
-        failing(second, server)
-    return {"before": first, "after": second, "probes_equal": len(found)}
+        first, equal = half_and_sleep(server)
+        expect(equal == len(PROBES), "the probes' answers differ after the sleep")
+        second = half(server)
+    return {"before": first, "after": second, "probes_equal": equal}
 
 
 @case("load-mtp-sleep", "0003", RELEASES, stock=r"request \d+ of 20: .*is_contiguous", alone=True, limit=300.0)
@@ -104,17 +115,10 @@ def mtp_sleep(context: Context) -> dict[str, Any]:
     """
     with served(context, "deepseek", v2=False, speculative_config=MTP, enable_sleep_mode=True) as server:
         burst(server)
-        wanted = [server.complete(prompt, LENGTH) for prompt in PROBES]
-        first = load(server, prompts(REQUESTS // 2, 1), LENGTH, CONCURRENCY).figures()
-        failing(first, server)
-        server.post("/sleep?level=1")
-        server.post("/wake_up")
-        found = [server.complete(prompt, LENGTH) for prompt in PROBES]
+        first, equal = half_and_sleep(server)
         burst(server)
-        second = load(server, prompts(REQUESTS // 2, 1), LENGTH, CONCURRENCY).figures()
-        failing(second, server)
-    equal = sum(a == b for a, b in zip(found, wanted, strict=True))
-    return {"before": first, "after": second, "probes": len(wanted), "probes_equal": equal}
+        second = half(server)
+    return {"before": first, "after": second, "probes": len(PROBES), "probes_equal": equal}
 
 
 @case("load-mrv2-control", "0005", RELEASES, alone=True, limit=300.0)
