@@ -69,10 +69,13 @@ def driver() -> str:
 
 
 def commit(root: Path = ROOT) -> str:
-    """The commit of this repository, "+changes" behind it if tracked files differ; from the environment or git."""
-    own = (root / ".git").exists()
-    found = os.environ.get(COMMIT, "").strip() or (git.rev_parse(root, "HEAD") or "" if own else "")
-    if re.fullmatch(r"[0-9a-f]{40}", found) and own and any(not line.startswith("??") for line in git.status(root)):
+    """The commit of this repository, "+changes" behind it if tracked files differ; a copy without one is told it.
+
+    Where git knows the commit the environment is not asked: a variable left over from another day would lie.
+    """
+    own = (git.rev_parse(root, "HEAD") or "") if (root / ".git").exists() else ""
+    found = own or os.environ.get(COMMIT, "").strip()
+    if own and any(not line.startswith("??") for line in git.status(root)):
         found += "+changes"
     if not re.fullmatch(r"[0-9a-f]{40}(\+changes)?", found):
         raise PatchesError(
