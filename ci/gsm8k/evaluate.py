@@ -7,9 +7,10 @@ vLLM model that goes to sleep and wakes up between questions.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lm_eval
 
@@ -86,5 +87,27 @@ def main(request: dict[str, Any]) -> None:
     cli_evaluate()
 
 
+def run_and_leave(request: dict[str, Any]) -> NoReturn:
+    """Run, and end this process at once, with the status that an ordinary end would have had.
+
+    An interpreter waits for its children. On more than one GPU vLLM's workers wait for it in turn, and a run that has
+    written all its answers, or whose engine has crashed, would end at its time limit only. Whoever started this
+    process ends what it leaves.
+    """
+    status = 0
+    try:
+        main(request)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)  # torch's own names the rank
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    run_and_leave(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
