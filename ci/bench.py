@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vllm_patches import cache
-from vllm_patches.catalog import open_catalog
-from vllm_patches.index import fetch_sdist, fetch_wheel
-from vllm_patches.model import Release
+from vllm_patches.series.catalog import open_catalog
+from vllm_patches.series.model import Release
+from vllm_patches.sources import cache
+from vllm_patches.sources.index import fetch_sdist, fetch_wheel
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 FIRST_PINS = ("0.18.1", "0.19.1", "0.20.2", "0.21.0")

@@ -15,11 +15,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from vllm_patches import native
-from vllm_patches.catalog import open_catalog
-from vllm_patches.index import fetch_sdist
-from vllm_patches.sdist import entries, open_sdist
-from vllm_patches.toolchain import find_nvcc
+from vllm_patches.series.catalog import open_catalog
+from vllm_patches.sources.index import fetch_sdist
+from vllm_patches.sources.sdist import entries, open_sdist
+from vllm_patches.wheels import native
+from vllm_patches.wheels.toolchain import find_nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 PIN, ARCHS = "0.19.1", (90,)

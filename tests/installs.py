@@ -17,12 +17,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import blob_id
-from vllm_patches.model import FIX_IDS, FixState, Release, State
-from vllm_patches.patchfile import FROM_LINE
-from vllm_patches.tables import dump_releases
+from vllm_patches.series.catalog import Catalog
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.series.model import FIX_IDS, FixState, Release, State
+from vllm_patches.series.patchfile import FROM_LINE
+from vllm_patches.series.tables import dump_releases
 
 SLUGS = ("dsa-mtp-ima", "gdn-null-block-guard", "mla-flat-buffer", "rocm-kv-strides", "mrv2-wake-up")
 ENGINE, KERNEL, WORKER, CUDA = "vllm/engine.py", "vllm/ops/kernel.py", "vllm/worker.py", "csrc/kernel.cu"

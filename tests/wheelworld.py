@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_patches.catalog import Catalog
-from vllm_patches.model import FIX_IDS, FixState, Release, State, Wheel
-from vllm_patches.tables import dump_releases
+from vllm_patches.series.catalog import Catalog
+from vllm_patches.series.model import FIX_IDS, FixState, Release, State, Wheel
+from vllm_patches.series.tables import dump_releases
 
 VERSION = "0.20.2"
 INFO = f"vllm-{VERSION}.dist-info/"

@@ -19,12 +19,12 @@ import tarfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vllm_patches import git
-from vllm_patches.catalog import Catalog
-from vllm_patches.headers import ORIGIN, REPOSITORY, SECTIONS
-from vllm_patches.matrix import BEGIN, END, render_matrix
-from vllm_patches.model import FIX_IDS, IDENT_EMAIL, IDENT_NAME, FixState, Release, State
-from vllm_patches.tables import dump_releases
+from vllm_patches.series.catalog import Catalog
+from vllm_patches.series.headers import ORIGIN, REPOSITORY, SECTIONS
+from vllm_patches.series.model import FIX_IDS, IDENT_EMAIL, IDENT_NAME, FixState, Release, State
+from vllm_patches.series.tables import dump_releases
+from vllm_patches.trees import git
+from vllm_patches.upkeep.matrix import BEGIN, END, render_matrix
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SLUGS = ("dsa-mtp-ima", "gdn-null-block-guard", "mla-flat-buffer", "rocm-kv-strides", "mrv2-wake-up")

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from vllm_patches import cache
+from vllm_patches.sources import cache
 
 
 @contextlib.contextmanager

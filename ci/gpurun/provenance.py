@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_patches import git
 from vllm_patches.errors import PatchesError
+from vllm_patches.trees import git
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "VLLM_PATCHES_COMMIT"  # the environment variable of a copy without .git

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpurun.provenance import commit, machine
 from vllm_patches.errors import PatchesError
-from vllm_patches.installation import base_version
+from vllm_patches.installed.installation import base_version
 
 from gsm8k.fixture import MODELS, write_data
 from gsm8k.record import last_day, record

@@ -1,7 +1,7 @@
 """The verbs of the command line as functions of the same names: ``from vllm_patches import api``.
 
 They return the frozen values that the command prints, and raise `PatchesError`. (The names cannot stand in
-``vllm_patches`` itself: `vllm_patches.apply` and others are its modules.) Nothing is imported before it is needed.
+``vllm_patches`` itself, where `dist` is a package.) Nothing is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 from vllm_patches.errors import PatchesError
 
 if TYPE_CHECKING:
-    from vllm_patches.check import CheckReport
     from vllm_patches.dist.make import Dist, Order
-    from vllm_patches.install import Installed
-    from vllm_patches.model import Artifact, Release
+    from vllm_patches.installed.install import Installed
+    from vllm_patches.installed.verify import Verified
     from vllm_patches.outcome import Applied, Say
-    from vllm_patches.sourcebuild import SourceBuilt
-    from vllm_patches.store import FindSdist
-    from vllm_patches.treecheck import TreeReport
-    from vllm_patches.verify import Verified
-    from vllm_patches.wheel import Built
+    from vllm_patches.series.model import Artifact, Release
+    from vllm_patches.sourcebuilds.sourcebuild import SourceBuilt
+    from vllm_patches.sources.store import FindSdist
+    from vllm_patches.trees.treecheck import TreeReport
+    from vllm_patches.upkeep.check import CheckReport
+    from vllm_patches.wheels.wheel import Built
 
 __all__ = [
     "PatchesError",
@@ -51,9 +51,9 @@ def apply(
     say: Say = _quiet,
 ) -> Applied:
     """A patched work tree of the release *pin* under *build*, or the patches on a new branch of the checkout *src*."""
-    from vllm_patches.apply import apply_release
-    from vllm_patches.catalog import DEFAULT_PIN, open_catalog
-    from vllm_patches.checkout import apply_checkout
+    from vllm_patches.series.catalog import DEFAULT_PIN, open_catalog
+    from vllm_patches.trees.apply import apply_release
+    from vllm_patches.trees.checkout import apply_checkout
 
     catalog = open_catalog()
     if src is not None:
@@ -80,12 +80,12 @@ def build(
     "8.0 9.0" (default: the official list), *torch* the package with the headers, *sdist* the sources. *thorough*
     compares every copied file with RECORD.
     """
-    from vllm_patches.catalog import open_catalog
-    from vllm_patches.native import NativeOptions
-    from vllm_patches.wheel import build_wheel, release_of
+    from vllm_patches.series.catalog import open_catalog
+    from vllm_patches.wheels.native import NativeOptions
+    from vllm_patches.wheels.wheel import build_wheel, release_of
 
     def find(wanted: Artifact) -> Path:
-        from vllm_patches.index import fetch_wheel
+        from vllm_patches.sources.index import fetch_wheel
 
         return fetch_wheel(wanted)
 
@@ -111,10 +111,10 @@ def build_source(
     """``build --mode source``: upstream's own full build of the patched release *pin*, a wheel in *out*."""
     import sys
 
-    from vllm_patches.buildenv import device_named
-    from vllm_patches.catalog import DEFAULT_PIN, open_catalog
-    from vllm_patches.sourcebuild import SourceOptions
-    from vllm_patches.sourcebuild import build_source as run
+    from vllm_patches.series.catalog import DEFAULT_PIN, open_catalog
+    from vllm_patches.sourcebuilds.buildenv import device_named
+    from vllm_patches.sourcebuilds.sourcebuild import SourceOptions
+    from vllm_patches.sourcebuilds.sourcebuild import build_source as run
 
     catalog = open_catalog()
     options = SourceOptions(device_named(device), python or Path(sys.executable), isolated)
@@ -123,8 +123,8 @@ def build_source(
 
 def check(pins: Iterable[str] = (), *, sdist: Path | None = None) -> CheckReport:
     """Every patch on every pin (or on *pins*), in and out again."""
-    from vllm_patches.catalog import open_catalog
-    from vllm_patches.check import check_catalog
+    from vllm_patches.series.catalog import open_catalog
+    from vllm_patches.upkeep.check import check_catalog
 
     catalog = open_catalog()
     return check_catalog(catalog, [catalog.release(pin) for pin in pins] or catalog.pins, _finder(sdist))
@@ -132,8 +132,8 @@ def check(pins: Iterable[str] = (), *, sdist: Path | None = None) -> CheckReport
 
 def check_tree(tree: Path, pin: str = "") -> TreeReport:
     """How a series stands to a source tree of your own (``check --tree``)."""
-    from vllm_patches.catalog import open_catalog
-    from vllm_patches.treecheck import check_tree as against
+    from vllm_patches.series.catalog import open_catalog
+    from vllm_patches.trees.treecheck import check_tree as against
 
     catalog = open_catalog()
     return against(catalog, tree, catalog.release(pin) if pin else None)
@@ -150,8 +150,8 @@ def dist(
     """Release assets of *pins* (all) below *out*; *order* says which channels and fixes, and what goes along."""
     from dataclasses import replace
 
-    from vllm_patches.catalog import open_catalog
     from vllm_patches.dist.make import Order, make_dist
+    from vllm_patches.series.catalog import open_catalog
 
     catalog, names = open_catalog(), list(pins)
     releases = [catalog.release(pin) for pin in names] or list(catalog.pins)
@@ -160,15 +160,15 @@ def dist(
 
 def install(site: Path | None = None, *, without: Iterable[str] = (), say: Say = _quiet) -> Installed:
     """Patch an installed vLLM in place; on any error it is as it was."""
-    from vllm_patches.catalog import open_catalog
-    from vllm_patches.install import install as put_in
+    from vllm_patches.installed.install import install as put_in
+    from vllm_patches.series.catalog import open_catalog
 
     return put_in(open_catalog(), site, without, say)
 
 
 def uninstall(site: Path | None = None, *, say: Say = _quiet) -> Installed:
     """Put back every byte that `install` changed."""
-    from vllm_patches.install import uninstall as take_out
+    from vllm_patches.installed.install import uninstall as take_out
 
     return take_out(site, say)
 
@@ -178,8 +178,8 @@ def verify(path: Path | None = None, *, without: Iterable[str] = ()) -> Verified
 
     *path* defaults to the current environment, *without* names parts whose absence is accepted.
     """
-    from vllm_patches.catalog import open_catalog
-    from vllm_patches.verify import verify as look
+    from vllm_patches.installed.verify import verify as look
+    from vllm_patches.series.catalog import open_catalog
 
     return look(open_catalog(), path, without)
 
@@ -189,7 +189,7 @@ def _finder(sdist: Path | None) -> FindSdist:
         return lambda release: sdist
 
     def fetch(release: Release) -> Path:
-        from vllm_patches.index import fetch_sdist
+        from vllm_patches.sources.index import fetch_sdist
 
         return fetch_sdist(release)
 

@@ -16,22 +16,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vllm_patches import __version__, render
-from vllm_patches.apply import apply_release, states_only
-from vllm_patches.buildenv import DEVICE_VARIABLE, Device, device_named
-from vllm_patches.catalog import DEFAULT_PIN, Catalog, open_catalog
-from vllm_patches.check import check_catalog
-from vllm_patches.checkout import apply_checkout
 from vllm_patches.errors import PatchesError
-from vllm_patches.install import install, uninstall
-from vllm_patches.maintain import export_series, record_pins
-from vllm_patches.matrix import readme_path, render_matrix, replace_matrix
-from vllm_patches.model import Artifact, Release
+from vllm_patches.installed.install import install, uninstall
+from vllm_patches.installed.verify import verify
 from vllm_patches.outcome import Applied
 from vllm_patches.render import DownloadBar, say
-from vllm_patches.sdist import verified
-from vllm_patches.store import FindSdist
-from vllm_patches.treecheck import check_tree
-from vllm_patches.verify import verify
+from vllm_patches.series.catalog import DEFAULT_PIN, Catalog, open_catalog
+from vllm_patches.series.model import Artifact, Release
+from vllm_patches.sourcebuilds.buildenv import DEVICE_VARIABLE, Device, device_named
+from vllm_patches.sources.sdist import verified
+from vllm_patches.sources.store import FindSdist
+from vllm_patches.trees.apply import apply_release, states_only
+from vllm_patches.trees.checkout import apply_checkout
+from vllm_patches.trees.treecheck import check_tree
+from vllm_patches.upkeep.check import check_catalog
+from vllm_patches.upkeep.maintain import export_series, record_pins
+from vllm_patches.upkeep.matrix import readme_path, render_matrix, replace_matrix
 
 
 class _Terminated(KeyboardInterrupt):
@@ -189,7 +189,7 @@ def _finder(sdist: Path | None) -> FindSdist:
         return lambda release: verified(sdist, release)
 
     def fetch(release: Release) -> Path:
-        from vllm_patches.index import fetch_sdist  # the network's own library is needed from here on only
+        from vllm_patches.sources.index import fetch_sdist  # the network's own library is needed from here on only
 
         return fetch_sdist(release, lambda total: DownloadBar(release.sdist, total or release.size, sys.stderr))
 
@@ -215,11 +215,11 @@ def _build(catalog: Catalog, options: argparse.Namespace) -> int:
     if options.mode == "source":
         return _build_source(catalog, options)
     _refuse(options, ("target_device", "no_build_isolation", "python"), "--mode wheel")
-    from vllm_patches.native import NativeOptions
-    from vllm_patches.wheel import build_wheel, release_of
+    from vllm_patches.wheels.native import NativeOptions
+    from vllm_patches.wheels.wheel import build_wheel, release_of
 
     def find(wanted: Artifact) -> Path:
-        from vllm_patches.index import fetch_wheel
+        from vllm_patches.sources.index import fetch_wheel
 
         return fetch_wheel(wanted, lambda total: DownloadBar(wanted.name, total or wanted.size, sys.stderr))
 
@@ -234,7 +234,7 @@ def _build(catalog: Catalog, options: argparse.Namespace) -> int:
 
 
 def _build_source(catalog: Catalog, options: argparse.Namespace) -> int:
-    from vllm_patches.sourcebuild import SourceOptions, build_source
+    from vllm_patches.sourcebuilds.sourcebuild import SourceOptions, build_source
 
     _refuse(options, ("wheel", "arch", "without", "cuda_archs", "torch", "thorough"), "--mode source")
     chosen = SourceOptions(
@@ -370,7 +370,7 @@ def _verify(catalog: Catalog, options: argparse.Namespace) -> int:
 
 
 def _watch(catalog: Catalog, options: argparse.Namespace) -> int:
-    from vllm_patches.watch import watch
+    from vllm_patches.upkeep.watch import watch
 
     report = watch(catalog, options.version, _finder(None))
     _print(options, report, render.watch_text(report))
@@ -378,7 +378,7 @@ def _watch(catalog: Catalog, options: argparse.Namespace) -> int:
 
 
 def _new_pin(catalog: Catalog, options: argparse.Namespace) -> int:
-    from vllm_patches.newpin import new_pin
+    from vllm_patches.upkeep.newpin import new_pin
 
     added = new_pin(catalog, options.release, _finder(None), options.build, say)
     _print(options, added, render.new_pin_text(added))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from vllm_patches.model import Disposition, Fix, Release
+from vllm_patches.series.model import Disposition, Fix, Release
 
 Say = Callable[[str], None]  # takes one line of progress
 

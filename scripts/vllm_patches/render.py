@@ -10,19 +10,19 @@ from enum import Enum
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
-from vllm_patches.check import CheckReport
 from vllm_patches.errors import PatchesError
-from vllm_patches.install import Installed, InstallOutcome
+from vllm_patches.installed.install import Installed, InstallOutcome
+from vllm_patches.installed.verify import FixStatus, Verified
 from vllm_patches.outcome import Applied, ApplyOutcome
-from vllm_patches.treecheck import Fit, TreeReport
-from vllm_patches.verify import FixStatus, Verified
+from vllm_patches.trees.treecheck import Fit, TreeReport
+from vllm_patches.upkeep.check import CheckReport
 
 if TYPE_CHECKING:
     from vllm_patches.dist.make import Dist
-    from vllm_patches.newpin import NewPin
-    from vllm_patches.sourcebuild import SourceBuilt
-    from vllm_patches.watch import WatchReport
-    from vllm_patches.wheel import Built
+    from vllm_patches.sourcebuilds.sourcebuild import SourceBuilt
+    from vllm_patches.upkeep.newpin import NewPin
+    from vllm_patches.upkeep.watch import WatchReport
+    from vllm_patches.wheels.wheel import Built
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -50,8 +50,8 @@ def tool(name: str) -> str:
 def build(tree: Path, shared: Path, namespace: str, sources: Mapping[str, bytes] | None = None) -> Path:
     """The library of the tree's unit, registered under *namespace*; built once per text and kept in *shared*."""
     import torch
-    from vllm_patches import native
-    from vllm_patches.toolchain import Torch, find_nvcc
+    from vllm_patches.wheels import native
+    from vllm_patches.wheels.toolchain import Torch, find_nvcc
 
     os.environ.setdefault("CUDA_HOME", str(Path(tool("nvcc")).parents[1]))
     os.environ["XDG_CACHE_HOME"] = str(shared / "native-cache")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from gpurun.copies import patched_copy, whole_folder
 from vllm_patches import api
-from vllm_patches.catalog import Catalog, open_catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import apply_patch
+from vllm_patches.series.catalog import Catalog, open_catalog
+from vllm_patches.series.hunks import apply_patch
 
 NATIVE = "0001-native"
 

@@ -261,7 +261,7 @@ def test_a_sleeping_scenario_sleeps_between_the_questions_in_process() -> None:
 
 
 def test_every_fix_has_a_scenario_whose_releases_have_a_series() -> None:
-    from vllm_patches.catalog import open_catalog
+    from vllm_patches.series.catalog import open_catalog
 
     catalog = open_catalog()
     scenarios = read_scenarios()

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from vllm_patches import native
-from vllm_patches.catalog import open_catalog
-from vllm_patches.fatbin import CudaLibrary, _Walker
-from vllm_patches.hunks import blob_id
-from vllm_patches.index import fetch_sdist
-from vllm_patches.native import UNITS, Unit
-from vllm_patches.patchset import series_part
-from vllm_patches.toolchain import Nvcc, Torch, choose_archs, find_nvcc, find_torch
+from vllm_patches.series.catalog import open_catalog
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.series.patchset import series_part
+from vllm_patches.sources.index import fetch_sdist
+from vllm_patches.wheels import native
+from vllm_patches.wheels.fatbin import CudaLibrary, _Walker
+from vllm_patches.wheels.native import UNITS, Unit
+from vllm_patches.wheels.toolchain import Nvcc, Torch, choose_archs, find_nvcc, find_torch
 
 HERE = Path(__file__).parent
 CASES = os.environ["NATIVE_CASES"].split()

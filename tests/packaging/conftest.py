@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from packkit import PIN, Assets, dist, run
-from vllm_patches.catalog import open_catalog
-from vllm_patches.index import fetch_sdist
+from vllm_patches.series.catalog import open_catalog
+from vllm_patches.sources.index import fetch_sdist
 
 if not os.environ.get("PACKAGING"):
     collect_ignore_glob = ["test_*.py"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_patches.hunks import blob_id
+from vllm_patches.series.hunks import blob_id
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "packaging"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from packkit import PIN, RECIPES, Assets, dist, need, run
-from vllm_patches.catalog import open_catalog
+from vllm_patches.series.catalog import open_catalog
 
 INDEXER = "vllm/v1/attention/backends/mla/indexer.py"  # 0003 changes it
 

@@ -188,7 +188,7 @@ def test_all_of_it_and_the_tarball(tmp_path: Path) -> None:
 
 
 def pins() -> list[str]:
-    from vllm_patches.catalog import open_catalog
+    from vllm_patches.series.catalog import open_catalog
 
     return [release.version for release in open_catalog().pins]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from packkit import PIN, Assets, dist
-from vllm_patches.catalog import open_catalog
-from vllm_patches.proofrun import Proof, Side
+from vllm_patches.series.catalog import open_catalog
+from vllm_patches.upkeep.proofrun import Proof, Side
 
 
 @pytest.fixture(scope="module")

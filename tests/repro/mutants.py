@@ -25,9 +25,10 @@ import proof
 from child import NO_END
 from mutations import Mutant, mutants_of
 from proof import HERE, Side, case_module, proof_trees, read_side
-from vllm_patches import cache, git
-from vllm_patches.catalog import Catalog, open_catalog
 from vllm_patches.render import table
+from vllm_patches.series.catalog import Catalog, open_catalog
+from vllm_patches.sources import cache
+from vllm_patches.trees import git
 
 TIMEOUT = 60.0  # seconds for one mutant; the slowest case takes ten
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_patches.hunks import index_of
-from vllm_patches.model import FilePatch, Fix, Series
+from vllm_patches.series.hunks import index_of
+from vllm_patches.series.model import FilePatch, Fix, Series
 
 TABLES = Path(__file__).resolve().parent / "mutants"
 

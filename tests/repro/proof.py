@@ -1,7 +1,7 @@
 """The proof of one fix on one release: the same repro on the stock and on the patched tree, each in its own process.
 
-`vllm_patches.proofrun` has the rule; what stock must fail on is in expected.toml. An error, a skip, a time-out, a crash
-on import, a check that did not run: each is a failed proof, whatever the rest says.
+`vllm_patches.upkeep.proofrun` has the rule; what stock must fail on is in expected.toml. An error, a skip, a time-out,
+a crash on import, a check that did not run: each is a failed proof, whatever the rest says.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TIMEOUT = 300.0  # seconds for one side; a repro takes about ten
 
 sys.path[:0] = [str(ROOT / "scripts"), str(HERE), str(HERE / "cases")]
 
-from vllm_patches import git  # noqa: E402
-from vllm_patches.apply import apply_release  # noqa: E402
-from vllm_patches.catalog import Catalog, open_catalog  # noqa: E402
-from vllm_patches.index import fetch_sdist  # noqa: E402
-from vllm_patches.model import Fix, Release  # noqa: E402
-from vllm_patches.proofrun import Proof, Side  # noqa: E402
 from vllm_patches.render import say, table  # noqa: E402
-from vllm_patches.tree import PRISTINE  # noqa: E402
+from vllm_patches.series.catalog import Catalog, open_catalog  # noqa: E402
+from vllm_patches.series.model import Fix, Release  # noqa: E402
+from vllm_patches.sources.index import fetch_sdist  # noqa: E402
+from vllm_patches.trees import git  # noqa: E402
+from vllm_patches.trees.apply import apply_release  # noqa: E402
+from vllm_patches.trees.tree import PRISTINE  # noqa: E402
+from vllm_patches.upkeep.proofrun import Proof, Side  # noqa: E402
 
 Answers = Callable[[str, str], dict[str, Side]]  # (release, "stock" or "patched") to the sides by fix id
 

@@ -18,9 +18,9 @@ from child import run_forked
 from mutants import Result, judge, judge_all
 from mutations import EXCUSES, Mutant, _made, mutants_of
 from proof import Side, case_module, proof_trees, read_side
-from vllm_patches import cache
-from vllm_patches.catalog import open_catalog
-from vllm_patches.model import FilePatch, Hunk
+from vllm_patches.series.catalog import open_catalog
+from vllm_patches.series.model import FilePatch, Hunk
+from vllm_patches.sources import cache
 
 RELEASE = "0.21.0"
 MUTANT = Mutant("0003", RELEASE, "made up", "vllm/a.py", "x = 1\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from proof import Side, prove, sides
-from vllm_patches.catalog import open_catalog
+from vllm_patches.series.catalog import open_catalog
 
 CATALOG = open_catalog()
 RELEASES = [CATALOG.release(name.removeprefix("v")) for name in CATALOG.series]

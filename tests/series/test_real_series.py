@@ -13,12 +13,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from vllm_patches import git
-from vllm_patches.catalog import open_catalog, patches_dir
-from vllm_patches.hunks import blob_id
-from vllm_patches.index import fetch_sdist
-from vllm_patches.model import Release, Series
-from vllm_patches.store import pristine_files
+from vllm_patches.series.catalog import open_catalog, patches_dir
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.series.model import Release, Series
+from vllm_patches.sources.index import fetch_sdist
+from vllm_patches.sources.store import pristine_files
+from vllm_patches.trees import git
 
 CATALOG = open_catalog()
 PINS = CATALOG.pins if (patches_dir() / "releases.toml").is_file() else ()

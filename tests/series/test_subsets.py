@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from vllm_patches.catalog import open_catalog
 from vllm_patches.dist.compose import Wish, compose
-from vllm_patches.index import fetch_sdist
-from vllm_patches.model import Release
-from vllm_patches.store import pristine_files
+from vllm_patches.series.catalog import open_catalog
+from vllm_patches.series.model import Release
+from vllm_patches.sources.index import fetch_sdist
+from vllm_patches.sources.store import pristine_files
 
 CATALOG = open_catalog()
 

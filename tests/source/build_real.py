@@ -16,13 +16,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from vllm_patches.apply import apply_release
-from vllm_patches.buildenv import NOT_PASSED_ON
-from vllm_patches.buildlog import LOCAL_COPY
-from vllm_patches.catalog import open_catalog
-from vllm_patches.index import fetch_sdist
-from vllm_patches.sdist import entries, open_sdist
-from vllm_patches.verify import verify
+from vllm_patches.installed.verify import verify
+from vllm_patches.series.catalog import open_catalog
+from vllm_patches.sourcebuilds.buildenv import NOT_PASSED_ON
+from vllm_patches.sourcebuilds.buildlog import LOCAL_COPY
+from vllm_patches.sources.index import fetch_sdist
+from vllm_patches.sources.sdist import entries, open_sdist
+from vllm_patches.trees.apply import apply_release
 
 ROOT = Path(__file__).resolve().parents[2]
 PINS = os.environ.get("SOURCE_PINS", "0.19.1 0.20.2").split()  # 0.19.1 has a patch of C++

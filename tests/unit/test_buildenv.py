@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
-from vllm_patches import buildlog
-from vllm_patches.buildenv import (
+from vllm_patches.sourcebuilds import buildlog
+from vllm_patches.sourcebuilds.buildenv import (
     GIB,
     NOT_PASSED_ON,
     Device,
@@ -19,7 +19,7 @@ from vllm_patches.buildenv import (
     jobs,
     pinned_torch,
 )
-from vllm_patches.buildlog import Progress, advice, clock, last_words
+from vllm_patches.sourcebuilds.buildlog import Progress, advice, clock, last_words
 from world import SCRIPTS, bare_release
 
 

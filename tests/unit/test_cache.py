@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from vllm_patches import cache
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import blob_id
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.sources import cache
 
 
 @pytest.fixture

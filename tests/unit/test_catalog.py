@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from vllm_patches.catalog import DEFAULT_PIN, open_catalog, patches_dir, read_series, read_series_file
 from vllm_patches.errors import PatchesError
+from vllm_patches.series.catalog import DEFAULT_PIN, open_catalog, patches_dir, read_series, read_series_file
 from world import SCRIPTS, World
 
 

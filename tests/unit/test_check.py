@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from vllm_patches.check import check_catalog, round_trip
 from vllm_patches.errors import PatchesError
 from vllm_patches.render import jsonable
-from vllm_patches.store import pristine_files
+from vllm_patches.sources.store import pristine_files
+from vllm_patches.upkeep.check import check_catalog, round_trip
 from world import ENGINE, KERNEL, PINS, World, snapshot
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from test_model import PATCH
-from vllm_patches import git
-from vllm_patches.commits import Entry, pristine_stream, series_stream
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import blob_id
-from vllm_patches.model import IDENT_EMAIL, IDENT_NAME, Release
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.series.model import IDENT_EMAIL, IDENT_NAME, Release
+from vllm_patches.sources.sdist import Entry
+from vllm_patches.trees import git
+from vllm_patches.trees.commits import pristine_stream, series_stream
 from world import plain_git
 
 RELEASE = Release("1.2.3", datetime.date(2026, 1, 2), "vllm-1.2.3.tar.gz", "abc", 1, {})

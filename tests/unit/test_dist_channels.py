@@ -18,8 +18,8 @@ from vllm_patches.dist.links import Links
 from vllm_patches.dist.manifest import manifest, modifications
 from vllm_patches.errors import PatchesError
 from vllm_patches.hashing import sha256, sri
-from vllm_patches.hunks import blob_id
-from vllm_patches.store import pristine_files
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.sources.store import pristine_files
 from world import ENGINE, KERNEL, SCRIPT, World, sdist_files, write_tree
 
 BASE = "https://example.invalid/assets/"

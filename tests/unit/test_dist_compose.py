@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from vllm_patches import git
 from vllm_patches.dist.bundle import Bundle
 from vllm_patches.dist.compose import Wish, compose
 from vllm_patches.dist.stacking import Position, ThirdSeries, read_third
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import blob_id
-from vllm_patches.model import IDENT_EMAIL, IDENT_NAME, FixState, Release, Series, State
-from vllm_patches.patchfile import parse_patch
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.series.model import IDENT_EMAIL, IDENT_NAME, FixState, Release, Series, State
+from vllm_patches.series.patchfile import parse_patch
+from vllm_patches.trees import git
 from world import PATCH_DATE, plain_env, plain_git
 
 ENGINE, OTHER = "vllm/engine.py", "vllm/other.py"

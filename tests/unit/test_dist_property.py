@@ -15,8 +15,8 @@ from vllm_patches.dist.bundle import Bundle
 from vllm_patches.dist.combined import diff
 from vllm_patches.dist.compose import Wish, compose
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import Release, Series
-from vllm_patches.patchfile import FROM_LINE, parse_patch
+from vllm_patches.series.model import Release, Series
+from vllm_patches.series.patchfile import FROM_LINE, parse_patch
 
 PATH = "vllm/engine.py"
 RELEASE = Release("0.20.2", datetime.date(2026, 5, 10), "vllm-0.20.2.tar.gz", "0" * 64, 1, {}, "v0.20.2", revision=1)

@@ -14,7 +14,7 @@ from vllm_patches.dist.compose import Wish, compose
 from vllm_patches.dist.proofs import from_rows, read_proofs
 from vllm_patches.dist.statements import Evidence, assets, purl
 from vllm_patches.errors import PatchesError
-from vllm_patches.store import pristine_files
+from vllm_patches.sources.store import pristine_files
 from world import ENGINE, World
 
 PRODUCT = "pkg:pypi/vllm@0.20.2%2Bpatches.1"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from test_commits import ENTRIES, RELEASE
-from vllm_patches import git
-from vllm_patches.commits import pristine_stream
 from vllm_patches.errors import PatchesError
+from vllm_patches.trees import git
+from vllm_patches.trees.commits import pristine_stream
 from world import ENGINE, FIRST, SECOND, World, plain_env, plain_git, snapshot
 
 

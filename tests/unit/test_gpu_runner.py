@@ -25,7 +25,7 @@ import gpu_table  # noqa: E402
 import results  # noqa: E402
 from gpu_case import Case, Defect, Side, load_cases  # noqa: E402
 from results import Outcome, SideResult, Verdict  # noqa: E402
-from vllm_patches.catalog import Catalog  # noqa: E402
+from vllm_patches.series.catalog import Catalog  # noqa: E402
 
 SCHEMA = Draft202012Validator(json.loads((GPU / "results.schema.json").read_text(encoding="utf-8")))
 CASES = '''

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from vllm_patches.catalog import Catalog, open_catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.gpureqs import CUDA, DEEP_GEMM, lint_gpu_requirements, pins
-from vllm_patches.headers import Problem
-from vllm_patches.hunks import blob_id
-from vllm_patches.model import Release
+from vllm_patches.series.catalog import Catalog, open_catalog
+from vllm_patches.series.headers import Problem
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.series.model import Release
+from vllm_patches.upkeep.gpureqs import CUDA, DEEP_GEMM, lint_gpu_requirements, pins
 
 REVISION = "89" * 20
 UPSTREAM = {
@@ -111,7 +111,7 @@ def test_a_file_that_does_not_name_upstreams_is_a_finding(place: Place) -> None:
 def test_a_pin_that_upstream_has_no_longer_is_a_finding(place: Place) -> None:
     loose = UPSTREAM | {CUDA: b"torch>=2.11\nflashinfer-python==0.6.8.post1\n"}
     place.write(PINS, upstream=loose)
-    from vllm_patches import cache
+    from vllm_patches.sources import cache
 
     for data in loose.values():
         cache.store_blob(data)

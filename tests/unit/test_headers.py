@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from vllm_patches import headers
-from vllm_patches.headers import REPOSITORY, Problem, lint_header
-from vllm_patches.patchfile import parse_patch
+from vllm_patches.series import headers
+from vllm_patches.series.headers import REPOSITORY, Problem, lint_header
+from vllm_patches.series.patchfile import parse_patch
 from world import World
 
 Lint = Callable[..., list[Problem]]

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from test_patchfile import SOUND
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import apply_hunks, apply_patch, blob_id, index_of, reverse, split_lines, undo_patch
-from vllm_patches.model import FilePatch, Hunk, Patch
-from vllm_patches.patchfile import parse_patch
+from vllm_patches.series.hunks import apply_hunks, apply_patch, blob_id, index_of, reverse, split_lines, undo_patch
+from vllm_patches.series.model import FilePatch, Hunk, Patch
+from vllm_patches.series.patchfile import parse_patch
 from world import plain_env
 
 HEAD = SOUND[: SOUND.index(b"diff --git")]

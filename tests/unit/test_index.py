@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vllm_patches import cache
 from vllm_patches.errors import PatchesError
-from vllm_patches.index import fetch_sdist, list_offers, without_credentials
 from vllm_patches.render import DownloadBar
+from vllm_patches.sources import cache
+from vllm_patches.sources.index import fetch_sdist, list_offers, without_credentials
 from webindex import Answer, WebIndex
 from world import World, scratch_left
 

@@ -25,11 +25,11 @@ from installs import (
     snapshot,
     sources,
 )
-from vllm_patches import install as installing
-from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.install import Installed, InstallOutcome, uninstall
-from vllm_patches.verify import verify
+from vllm_patches.installed import install as installing
+from vllm_patches.installed.install import Installed, InstallOutcome, uninstall
+from vllm_patches.installed.verify import verify
+from vllm_patches.series.catalog import Catalog
 
 TOUCHED = (ENGINE, KERNEL, WORKER)
 

@@ -30,12 +30,12 @@ from installs import (
     sources,
     told_by_child,
 )
-from vllm_patches import install as installing
 from vllm_patches import swap
-from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.install import InstallOutcome, uninstall
-from vllm_patches.verify import verify
+from vllm_patches.installed import install as installing
+from vllm_patches.installed.install import InstallOutcome, uninstall
+from vllm_patches.installed.verify import verify
+from vllm_patches.series.catalog import Catalog
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from vllm_patches import lint
-from vllm_patches.lint import lint_catalog
-from vllm_patches.model import State
+from vllm_patches.series.model import State
+from vllm_patches.upkeep import lint
+from vllm_patches.upkeep.lint import lint_catalog
 from world import PINS, World
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from vllm_patches.errors import PatchesError
-from vllm_patches.matrix import BEGIN, END, lint_readme, readme_path, render_matrix, replace_matrix
+from vllm_patches.upkeep.matrix import BEGIN, END, lint_readme, readme_path, render_matrix, replace_matrix
 from world import World
 
 EXPECTED = """\

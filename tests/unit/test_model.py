@@ -7,9 +7,9 @@ import datetime
 import pytest
 from test_patchfile import NEW, OLD, SOUND, TAIL
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import FIX_IDS, Disposition, Fix, FixState, Hunk, Release, Series, State
 from vllm_patches.outcome import fix_rows
-from vllm_patches.patchfile import parse_patch
+from vllm_patches.series.model import FIX_IDS, Disposition, Fix, FixState, Hunk, Release, Series, State
+from vllm_patches.series.patchfile import parse_patch
 
 PATCH = parse_patch("0001-x.patch", SOUND)
 SECOND = parse_patch(

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from installs import CUDA, ENGINE, make_catalog, patched, sources
-from vllm_patches.catalog import Catalog
-from vllm_patches.hunks import blob_id
-from vllm_patches.model import Artifact, Wheel
-from vllm_patches.modifications import (
+from vllm_patches.series.catalog import Catalog
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.series.model import Artifact, Wheel
+from vllm_patches.series.patchset import PatchSet, plan
+from vllm_patches.wheels.modifications import (
     Addition,
     Modifications,
     fix_result,
@@ -19,7 +20,6 @@ from vllm_patches.modifications import (
     notice_text,
     patches_json,
 )
-from vllm_patches.patchset import PatchSet, plan
 
 WHEEL = Wheel("vllm-0.19.1-cp38-abi3-linux_x86_64.whl", "a" * 64, 5)
 SDIST = Artifact("sdist", "0.19.1", "vllm-0.19.1.tar.gz", "b" * 64, 6)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vllm_patches import native
 from vllm_patches.errors import PatchesError
-from vllm_patches.fatbin import CudaLibrary, read_library
-from vllm_patches.native import NativeOptions, overlay_source
-from vllm_patches.toolchain import Nvcc, choose_archs
-from vllm_patches.wheel import Built, build_wheel
+from vllm_patches.wheels import native
+from vllm_patches.wheels.fatbin import CudaLibrary, read_library
+from vllm_patches.wheels.native import NativeOptions, overlay_source
+from vllm_patches.wheels.toolchain import Nvcc, choose_archs
+from vllm_patches.wheels.wheel import Built, build_wheel
 from wheelworld import KERNEL, OPS, WheelWorld, cuda_bytes, fatbin, make_world, official_files
 
 LOCAL = "0.20.2+patches.3"

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from installs import KERNEL, make_catalog, make_wheel, patched, put_in, sources
 from plainvenv import ROOT, make_environment, pip, project_copy, run, site_of
-from vllm_patches import api, catalog, cli
+from vllm_patches import api, cli
+from vllm_patches.series import catalog
 from wheelworld import make_world
 from world import World
 
@@ -81,7 +82,7 @@ def test_it_brings_nothing_and_misses_nothing(environment: Path) -> None:
 
 
 def test_the_installed_command_has_its_own_catalogue(environment: Path) -> None:
-    where = "from vllm_patches import catalog; print(catalog.patches_dir(), len(catalog.open_catalog().pins))"
+    where = "from vllm_patches.series import catalog; print(catalog.patches_dir(), len(catalog.open_catalog().pins))"
     folder, pins = run(environment / "bin" / "python", "-c", where).split()
     assert Path(folder).is_relative_to(environment) and pins == "2"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from vllm_patches.errors import PatchesError
-from vllm_patches.patchfile import parse_patch, parse_trailers, read_patch
+from vllm_patches.series.patchfile import parse_patch, parse_trailers, read_patch
 
 OLD, NEW, TAIL = "1" * 40, "2" * 40, "3" * 40
 SOUND = f"""\

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from vllm_patches.errors import PatchesError
-from vllm_patches.pipconf import PipSettings, parse_settings, read_settings
+from vllm_patches.sources.pipconf import PipSettings, parse_settings, read_settings
 
 
 def test_nothing_set_is_the_default_index() -> None:

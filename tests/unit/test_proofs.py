@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from vllm_patches.catalog import Catalog
-from vllm_patches.check import check_catalog
-from vllm_patches.proofs import EXPECTED, lint_proofs, stock_failures
+from vllm_patches.series.catalog import Catalog
+from vllm_patches.upkeep.check import check_catalog
+from vllm_patches.upkeep.proofs import EXPECTED, lint_proofs, stock_failures
 from world import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,8 +147,8 @@ def test_needs_neither_torch_nor_pytest(project: Path) -> None:
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT / "scripts")!r})
-from vllm_patches.catalog import Catalog
-from vllm_patches.proofs import lint_proofs
+from vllm_patches.series.catalog import Catalog
+from vllm_patches.upkeep.proofs import lint_proofs
 assert lint_proofs(Catalog(Path({str(project / "patches")!r}))) == []
 assert not {{"torch", "pytest", "triton"}} & sys.modules.keys()
 """

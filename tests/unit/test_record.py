@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm_patches.errors import PatchesError
-from vllm_patches.record import Row, copied, dump_record, edited, listed_rows, parse_record, row_of
+from vllm_patches.wheels.record import Row, copied, dump_record, edited, listed_rows, parse_record, row_of
 
 # No carriage return: csv before Python 3.13 does not quote it, and wheelfile refuses such a name.
 PATHS = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0\r"), min_size=1, max_size=20)

@@ -6,12 +6,12 @@ import datetime
 import io
 
 import pytest
-from vllm_patches.check import CheckReport, PinReport
 from vllm_patches.errors import PatchesError
-from vllm_patches.headers import Problem
-from vllm_patches.model import State
 from vllm_patches.outcome import Applied, ApplyOutcome, FixRow
 from vllm_patches.render import DownloadBar, applied_text, check_text, jsonable, say, table
+from vllm_patches.series.headers import Problem
+from vllm_patches.series.model import State
+from vllm_patches.upkeep.check import CheckReport, PinReport
 
 ROWS = (FixRow("0001", "one", "applied", "was live (a.py:1)"), FixRow("0002", "two", "fixed upstream", "fixed"))
 

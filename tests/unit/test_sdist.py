@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from vllm_patches.commits import Entry
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import Release
-from vllm_patches.sdist import entries, open_sdist, pick
+from vllm_patches.series.model import Release
+from vllm_patches.sources.sdist import Entry, entries, open_sdist, pick
 from world import ENGINE, KERNEL, SCRIPT, World, sdist_files
 
 

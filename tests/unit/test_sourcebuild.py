@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from sourceworld import LOCAL, build, dist, make_source_world, members
 from test_disk import obey_permissions, read_only
-from vllm_patches.verify import verify
+from vllm_patches.installed.verify import verify
 from world import ENGINE, FIRST, KERNEL, SECOND, World, edited, sdist_files
 
 EMPTY = f"vllm-{LOCAL}.empty-py3-none-any.whl"

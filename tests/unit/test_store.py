@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from vllm_patches import cache
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import Release
-from vllm_patches.store import pristine_files, touched_files
+from vllm_patches.series.model import Release
+from vllm_patches.sources import cache
+from vllm_patches.sources.store import pristine_files, touched_files
 from world import ENGINE, KERNEL, PINS, World, sdist_files
 
 

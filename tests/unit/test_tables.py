@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import FIX_IDS, FixState, Release, State
-from vllm_patches.tables import dump_releases, load_fixes, load_releases
+from vllm_patches.series.model import FIX_IDS, FixState, Release, State
+from vllm_patches.series.tables import dump_releases, load_fixes, load_releases
 from world import SLUGS, World, fixes_toml
 
 GOLDEN = """\

@@ -7,10 +7,10 @@ import stat
 from pathlib import Path
 
 import pytest
-from vllm_patches import cache
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import blob_id
-from vllm_patches.tree import build_tree, check_files, commit_series, pristine_objects, series_head
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.sources import cache
+from vllm_patches.trees.tree import build_tree, check_files, commit_series, pristine_objects, series_head
 from world import ENGINE, PINS, SCRIPT, World, plain_git, scratch_left, sdist_files, snapshot
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from test_hunks import git_diff
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import split_lines
-from vllm_patches.model import Series
 from vllm_patches.render import tree_text
-from vllm_patches.treecheck import Fit, HunkFit, TreeReport, check_tree, fit_series
+from vllm_patches.series.hunks import split_lines
+from vllm_patches.series.model import Series
+from vllm_patches.trees.treecheck import Fit, HunkFit, TreeReport, check_tree, fit_series
 from world import ENGINE, FIRST, KERNEL, SCRIPT, SECOND, THIRD, World, sdist_files, snapshot, write_tree
 
 FIT_BEST = "its files and patches fit best"

@@ -27,12 +27,12 @@ from installs import (
 )
 from test_probes import TREE
 from vllm_patches import cli
-from vllm_patches import install as installing
-from vllm_patches.catalog import Catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import blob_id
-from vllm_patches.install import uninstall
-from vllm_patches.verify import Status, Verified, require_fixed, verify
+from vllm_patches.installed import install as installing
+from vllm_patches.installed.install import uninstall
+from vllm_patches.installed.verify import Status, Verified, require_fixed, verify
+from vllm_patches.series.catalog import Catalog
+from vllm_patches.series.hunks import blob_id
 
 INFO = "vllm-0.20.2.dist-info"
 PATCHED = {"0001": Status.PRESENT, "0003": Status.PRESENT, "0005": Status.PRESENT}

@@ -23,15 +23,15 @@ from durability import Disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from installs import become_nobody, killed_at, told_by_child
-from vllm_patches import outfile, wheelmeta
-from vllm_patches.catalog import Catalog
 from vllm_patches.cli import main
 from vllm_patches.errors import PatchesError
-from vllm_patches.install import install
-from vllm_patches.model import Artifact, Wheel
-from vllm_patches.tables import dump_releases
-from vllm_patches.verify import verify
-from vllm_patches.wheel import Built, build_wheel, release_of
+from vllm_patches.installed.install import install
+from vllm_patches.installed.verify import verify
+from vllm_patches.series.catalog import Catalog
+from vllm_patches.series.model import Artifact, Wheel
+from vllm_patches.series.tables import dump_releases
+from vllm_patches.wheels import outfile, wheelmeta
+from vllm_patches.wheels.wheel import Built, build_wheel, release_of
 from wheel.wheelfile import WheelFile
 from wheelworld import (
     ENGINE,

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_patches import wheelfile
 from vllm_patches.errors import PatchesError
 from vllm_patches.hashing import BackgroundHash
-from vllm_patches.wheelfile import HashedSource, ZipWriter, digest, read_data, read_members
+from vllm_patches.wheels import wheelfile
+from vllm_patches.wheels.wheelfile import HashedSource, ZipWriter, digest, read_data, read_members
 from wheelworld import official_files, zipped
 
 PARTS = st.text(st.characters(blacklist_characters="/\\:\0\r\n", blacklist_categories=("Cs",)), min_size=1, max_size=12)

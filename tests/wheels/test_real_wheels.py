@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pytest
 from plainvenv import ROOT, make_environment, pip, project_copy, run, site_of
-from vllm_patches import cache
-from vllm_patches.catalog import open_catalog
 from vllm_patches.errors import PatchesError
-from vllm_patches.index import fetch_wheel
-from vllm_patches.patchset import native_parts
-from vllm_patches.verify import Status, verify
-from vllm_patches.wheel import Built, build_wheel
+from vllm_patches.installed.verify import Status, verify
+from vllm_patches.series.catalog import open_catalog
+from vllm_patches.series.patchset import native_parts
+from vllm_patches.sources import cache
+from vllm_patches.sources.index import fetch_wheel
+from vllm_patches.wheels.wheel import Built, build_wheel
 
 CATALOG = open_catalog()
 PINS = os.environ.get("WHEEL_PINS", "0.20.2").split()

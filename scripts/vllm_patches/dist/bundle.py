@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm_patches.dist.unified import Section
-from vllm_patches.model import Release
-from vllm_patches.wheelmeta import local_version
+from vllm_patches.series.model import Release
+from vllm_patches.wheels.wheelmeta import local_version
 
 
 @dataclass(frozen=True)

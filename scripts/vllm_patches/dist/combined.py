@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 from vllm_patches.dist.bundle import Asset, Bundle
 from vllm_patches.dist.links import Links, banner
 from vllm_patches.dist.unified import NO_BLOB, span
-from vllm_patches.hunks import blob_id, split_lines
+from vllm_patches.series.hunks import blob_id, split_lines
 
 CONTEXT = 3  # lines, as in the series
 

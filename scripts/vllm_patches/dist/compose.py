@@ -16,9 +16,9 @@ from vllm_patches.dist.place import Misfit, Placed, carry, locate
 from vllm_patches.dist.stacking import Position, ThirdPatch, ThirdSeries
 from vllm_patches.dist.unified import NO_BLOB, Kind, Section, bad_patch, parse_unified, rewrite, wrong_strip
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import apply_hunks, apply_patch, blob_id
-from vllm_patches.model import Disposition, FilePatch, Patch, Release, Series
-from vllm_patches.patchfile import parse_patch
+from vllm_patches.series.hunks import apply_hunks, apply_patch, blob_id
+from vllm_patches.series.model import Disposition, FilePatch, Patch, Release, Series
+from vllm_patches.series.patchfile import parse_patch
 
 Read = Callable[[Iterable[str]], Mapping[str, bytes]]  # paths to those that the release has
 THIRD_ABOVE, OURS_ABOVE = 1001, 1000  # added to the numbers of what comes second

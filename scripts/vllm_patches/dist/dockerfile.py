@@ -8,7 +8,7 @@ from vllm_patches.dist.bundle import Asset, Bundle
 from vllm_patches.dist.combined import diff
 from vllm_patches.dist.links import Links, banner
 from vllm_patches.hashing import sha256
-from vllm_patches.patchset import is_packaged
+from vllm_patches.series.patchset import is_packaged
 
 NO_FILE = "-"  # in place of a hash
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vllm_patches.hunks import split_lines
-from vllm_patches.model import Hunk
+from vllm_patches.series.hunks import split_lines
+from vllm_patches.series.model import Hunk
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from vllm_patches import __version__, cache
-from vllm_patches.catalog import Catalog
+from vllm_patches import __version__
 from vllm_patches.dist import aur, combined, conda, dockerfile, nativedeps, nix, quilt, rpm, spack, statements, tarball
 from vllm_patches.dist.bundle import Asset, Bundle
 from vllm_patches.dist.compose import Wish, compose
@@ -21,11 +20,13 @@ from vllm_patches.dist.manifest import manifest, modifications
 from vllm_patches.dist.proofs import Proofs
 from vllm_patches.errors import PatchesError
 from vllm_patches.hashing import sha256
-from vllm_patches.model import Release
 from vllm_patches.outcome import Say
-from vllm_patches.outfile import OUT
-from vllm_patches.sdist import entries, open_sdist
-from vllm_patches.store import FindSdist
+from vllm_patches.series.catalog import Catalog
+from vllm_patches.series.model import Release
+from vllm_patches.sources import cache
+from vllm_patches.sources.sdist import entries, open_sdist
+from vllm_patches.sources.store import FindSdist
+from vllm_patches.wheels.outfile import OUT
 
 # What can be asked for by name; the patches themselves, manifest.json and MODIFICATIONS always go along.
 CHANNELS: Mapping[str, Callable[[Bundle, Links], list[Asset]]] = {

@@ -9,9 +9,9 @@ from vllm_patches import __version__
 from vllm_patches.dist.bundle import Asset, Bundle
 from vllm_patches.dist.links import banner
 from vllm_patches.hashing import sha256, sri
-from vllm_patches.headers import pull_requests
-from vllm_patches.model import Fix
-from vllm_patches.modifications import hashes
+from vllm_patches.series.headers import pull_requests
+from vllm_patches.series.model import Fix
+from vllm_patches.wheels.modifications import hashes
 
 SCHEMA = 1
 

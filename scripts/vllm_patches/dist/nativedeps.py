@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from vllm_patches.dist.bundle import Asset
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import Release
+from vllm_patches.series.model import Release
 
 ROOT_FILE = "CMakeLists.txt"
 _TOKEN = re.compile(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from vllm_patches.dist.lines import Line, Obstacle, Tree, find, lines_after
 from vllm_patches.dist.unified import NO_BLOB, Kind, Section
-from vllm_patches.hunks import blob_id, index_of, mismatch
-from vllm_patches.model import Hunk
+from vllm_patches.series.hunks import blob_id, index_of, mismatch
+from vllm_patches.series.model import Hunk
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_patches.errors import PatchesError
-from vllm_patches.model import Release
-from vllm_patches.proofrun import Proof, Side
+from vllm_patches.series.model import Release
+from vllm_patches.upkeep.proofrun import Proof, Side
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from urllib.parse import quote
 from vllm_patches import __version__
 from vllm_patches.dist.bundle import Asset, Bundle, Item
 from vllm_patches.dist.proofs import Proofs
-from vllm_patches.headers import REPOSITORY, pull_requests
-from vllm_patches.hunks import blob_id
-from vllm_patches.model import IDENT_EMAIL, IDENT_NAME, Fix, Release, Series
+from vllm_patches.series.headers import REPOSITORY, pull_requests
+from vllm_patches.series.hunks import blob_id
+from vllm_patches.series.model import IDENT_EMAIL, IDENT_NAME, Fix, Release, Series
 
 CONTEXT = "https://openvex.dev/ns/v0.2.0"
 

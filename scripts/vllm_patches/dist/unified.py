@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from vllm_patches.errors import PatchesError
-from vllm_patches.hunks import split_lines
-from vllm_patches.model import Hunk
+from vllm_patches.series.hunks import split_lines
+from vllm_patches.series.model import Hunk
 
 NO_BLOB = "0" * 40
 _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@(.*)\n?")

@@ -1,0 +1,1 @@
+"""Upstream's own full build of a patched tree."""

@@ -1,0 +1,1 @@
+"""For whoever maintains the series: check, lint, the matrix, proofs, new pins and what upstream does."""
